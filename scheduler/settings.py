@@ -1,0 +1,97 @@
+"""The only place that reads the environment. Every value is `SPILLWAY_<NAME>`; a bad one stops the start by name."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from scheduler.errors import StartupError
+
+
+class Settings(BaseSettings):
+    """Effective configuration of one process."""
+
+    model_config = SettingsConfigDict(env_prefix="SPILLWAY_", extra="ignore", frozen=True)
+
+    home: Path = Path("~/.spillway")
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    redis_url: str | None = None
+    database_url: str | None = None
+    shard: str = Field(default="0", pattern=r"^[a-z0-9]{1,16}$")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["auto", "human", "json"] = "auto"
+
+    # API
+    max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
+    keepalive_s: float = Field(default=15.0, gt=0)
+    allowed_hosts: str = ""
+    allowed_origins: str = ""
+    default_model: str | None = None
+
+    # Queue
+    queue_depth_cap: int = Field(default=10_000, ge=1)
+    lease_ttl_ms: int = Field(default=1500, ge=200)
+    sweep_interval_ms: int = Field(default=250, ge=20)
+    max_attempts: int = Field(default=5, ge=1)
+    max_lost: int = Field(default=3, ge=1)
+    job_retention_s: int = Field(default=600, ge=10)
+    queue_ttl_s: int = Field(default=24 * 3600, ge=10)
+
+    # Worker and engine
+    models: str = "demo"
+    max_rows: int = Field(default=32, ge=1, le=512)
+    page_tokens: int = Field(default=32, ge=8, le=256)
+    kv_budget_bytes: int | None = Field(default=None, ge=1 << 20)
+    prefill_stall_ms: int = Field(default=120, ge=1)
+    engine_threads: int | None = Field(default=None, ge=1)
+    engine_hang_s: float = Field(default=60.0, gt=0)
+    system_blas: bool = True
+    compile: bool = True
+    allow_download: bool = True
+    drain_s: float = Field(default=10.0, ge=0)
+
+    # SQL
+    finished_job_retention_days: int = Field(default=30, ge=1)
+
+    @field_validator("home")
+    @classmethod
+    def _expand(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @property
+    def model_refs(self) -> tuple[str, ...]:
+        """The model references to serve, first one is the default."""
+        return tuple(ref.strip() for ref in self.models.split(",") if ref.strip())
+
+    @property
+    def sql_url(self) -> str:
+        """SQLAlchemy URL with its async driver."""
+        url = self.database_url
+        if url is None:
+            return f"sqlite+aiosqlite:///{self.home / 'spillway.db'}"
+        for plain, driver in _ASYNC_DRIVERS.items():
+            if url.startswith(plain):
+                return driver + url.removeprefix(plain)
+        return url
+
+
+_ASYNC_DRIVERS = {
+    "postgres://": "postgresql+asyncpg://",
+    "postgresql://": "postgresql+asyncpg://",
+    "sqlite://": "sqlite+aiosqlite://",
+}
+
+
+@functools.cache
+def load_settings() -> Settings:
+    """The process's settings; raises StartupError naming each bad variable."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        lines = [f"SPILLWAY_{str(item['loc'][0]).upper()}: {item['msg']}" for item in error.errors()]
+        raise StartupError("Bad configuration: " + "; ".join(lines)) from error
