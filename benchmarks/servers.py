@@ -40,10 +40,10 @@ def blas_environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def spillway(model: str, ready_within_s: float = 180.0) -> Iterator[Server]:
+def spillway(model: str, *arguments: str, ready_within_s: float = 180.0) -> Iterator[Server]:
     """`spillway up` with an empty home of its own."""
     port, home = free_port(), tempfile.mkdtemp(prefix="spillway-bench-")
-    command = [sys.executable, "-m", "api.cli", "up", "--port", str(port), "--home", home, "--model", model]
+    command = [sys.executable, "-m", "api.cli", "up", "--port", str(port), "--home", home, "--model", model, *arguments]
     environment = {**os.environ, "SPILLWAY_LOG_LEVEL": "warning"}
     try:
         with _running(command, environment, f"http://127.0.0.1:{port}/readyz", ready_within_s):
