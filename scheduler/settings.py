@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -44,6 +44,7 @@ class Settings(BaseSettings):
 
     # Worker and engine
     models: str = "demo"
+    workers: int = Field(default=1, ge=1, le=64)
     max_rows: int = Field(default=32, ge=1, le=512)
     page_tokens: int = Field(default=32, ge=8, le=256)
     kv_budget_bytes: int | None = Field(default=None, ge=1 << 20)
@@ -54,6 +55,10 @@ class Settings(BaseSettings):
     compile: bool = True
     allow_download: bool = True
     drain_s: float = Field(default=10.0, ge=0)
+
+    # Commands that talk to a running service
+    url: str | None = None
+    api_key: str | None = Field(default=None, repr=False)
 
     # SQL
     finished_job_retention_days: int = Field(default=30, ge=1)
@@ -88,10 +93,10 @@ _ASYNC_DRIVERS = {
 
 
 @functools.cache
-def load_settings() -> Settings:
-    """The process's settings; raises StartupError naming each bad variable."""
+def load_settings(**overrides: str | int | Path) -> Settings:
+    """The process's settings, options of its command line first; raises StartupError naming each bad variable."""
     try:
-        return Settings()
+        return Settings(**cast("dict[str, Any]", overrides))
     except ValidationError as error:
         lines = [f"SPILLWAY_{str(item['loc'][0]).upper()}: {item['msg']}" for item in error.errors()]
         raise StartupError("Bad configuration: " + "; ".join(lines)) from error
