@@ -1,0 +1,123 @@
+"""Finished jobs in SQL: the recorder writes them, the API and the CLI read them, the pruner removes old ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import delete
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlmodel import col, select
+
+from scheduler.db.models import FinishedJob
+from scheduler.db.session import Database
+from scheduler.job import JobState, JobView, Priority
+from scheduler.request import Usage
+
+ROWS_PER_STATEMENT = 500  # 17 columns each: below SQLite's 32,766 and PostgreSQL's 32,767 bound values
+_LENGTHS = {"pool": 255, "model": 255, "tenant": 128, "error_code": 64, "error_message": 500}
+
+
+class JobStore:
+    """The finished jobs of one database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def record(self, jobs: Sequence[JobView]) -> None:
+        """Insert or update terminal jobs, all or none. A row of a newer attempt is left as it is."""
+        rows = list({row["id"]: row for row in sorted(map(_values, jobs), key=_attempt)}.values())
+        async with self._database.session() as session:
+            for start in range(0, len(rows), ROWS_PER_STATEMENT):
+                await session.exec(self._upsert(rows[start : start + ROWS_PER_STATEMENT]))
+            await session.commit()
+
+    def _upsert(self, rows: list[dict[str, Any]]) -> postgresql.Insert | sqlite.Insert:
+        dialect = postgresql if self._database.engine.dialect.name == "postgresql" else sqlite
+        insert = dialect.insert(FinishedJob).values(rows)
+        return insert.on_conflict_do_update(
+            index_elements=["id"],
+            set_={name: insert.excluded[name] for name in rows[0] if name != "id"},
+            where=col(FinishedJob.attempt) <= insert.excluded["attempt"],
+        )
+
+    async def get(self, job_id: str) -> JobView | None:
+        """The finished job of this id."""
+        async with self._database.session() as session:
+            row = await session.get(FinishedJob, job_id)
+        return None if row is None else _view(row)
+
+    async def recent(self, limit: int, tenant: str | None = None) -> list[JobView]:
+        """The jobs that finished last, newest first; of one tenant where it is given."""
+        newest = select(FinishedJob).order_by(col(FinishedJob.finished_ms).desc(), col(FinishedJob.id)).limit(limit)
+        if tenant is not None:
+            newest = newest.where(FinishedJob.tenant == tenant)
+        async with self._database.session() as session:
+            return [_view(row) for row in await session.exec(newest)]
+
+    async def prune(self, before_ms: int, limit: int = 1000) -> int:
+        """Delete up to `limit` jobs that finished before then; how many. Small steps keep other writers going."""
+        old = select(FinishedJob.id).where(FinishedJob.finished_ms < before_ms).limit(limit)
+        async with self._database.session() as session:
+            result = await session.exec(delete(FinishedJob).where(col(FinishedJob.id).in_(old)))
+            await session.commit()
+        return result.rowcount
+
+
+def _attempt(row: dict[str, Any]) -> int:
+    return row["attempt"]
+
+
+def _values(job: JobView) -> dict[str, Any]:
+    if not job.state.is_terminal or job.finished_ms is None:
+        raise ValueError(f"{job.id} is {job.state}: only finished jobs are recorded")
+    usage = job.usage or Usage()
+    values: dict[str, Any] = {
+        "id": job.id,
+        "state": job.state.value,
+        "pool": job.pool,
+        "model": job.model,
+        "priority": job.priority.value,
+        "tenant": job.tenant,
+        "attempt": job.attempt,
+        "created_ms": job.created_ms,
+        "started_ms": job.started_ms,
+        "first_token_ms": job.first_token_ms,
+        "finished_ms": job.finished_ms,
+        "deadline_ms": job.deadline_ms,
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "error_code": job.error_code,
+        "error_message": job.error_message,
+    }
+    return values | {name: _cut(values[name], length) for name, length in _LENGTHS.items()}
+
+
+def _cut(value: str | None, length: int) -> str | None:
+    # PostgreSQL takes no NUL in text.
+    return None if value is None else value.replace("\0", "\ufffd")[:length]
+
+
+def _view(row: FinishedJob) -> JobView:
+    return JobView(
+        id=row.id,
+        state=JobState(row.state),
+        pool=row.pool,
+        model=row.model,
+        priority=Priority(row.priority),
+        tenant=row.tenant,
+        attempt=row.attempt,
+        created_ms=row.created_ms,
+        started_ms=row.started_ms,
+        first_token_ms=row.first_token_ms,
+        finished_ms=row.finished_ms,
+        deadline_ms=row.deadline_ms,
+        error_code=row.error_code,
+        error_message=row.error_message,
+        usage=Usage(
+            prompt_tokens=row.prompt_tokens,
+            completion_tokens=row.completion_tokens,
+            cached_tokens=row.cached_tokens,
+        ),
+    )
