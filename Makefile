@@ -1,0 +1,73 @@
+# Installs into .venv from the lock files and runs things there. Needs make and Python 3.11+; nothing else.
+#   make up [ARGS="--port 8123 --model REF"]   install, then serve          make test [ARGS="-k name"]   run the suite
+#   make check   lint, types, layers, migrations       make bench   measure       make lock   resolve again       make clean
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+UV_VERSION := 0.13.8
+UV := $(or $(shell command -v uv 2>/dev/null),$(BIN)/uv)
+INSTALL := $(UV) pip install --quiet --python $(BIN)/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev up test check bench lock clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# The recipe's shell becomes Spillway, so that make passes signals to it and its status is the recipe's.
+up: $(VENV)/.installed
+	@exec $(BIN)/spillway up $(ARGS)
+
+test: $(VENV)/.installed-dev
+	@exec $(BIN)/python -m pytest $(ARGS)
+
+check: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m migrations check
+
+bench: $(VENV)/.installed-dev
+	@exec $(BIN)/python -m benchmarks $(ARGS)
+
+setup: $(VENV)/.installed
+setup-dev: $(VENV)/.installed-dev
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Spillway needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing)." \
+	       "If you have one by another name: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "'$(PYTHON)' has no venv module. On Debian or Ubuntu: sudo apt-get install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV)
+
+$(BIN)/uv: | $(BIN)/python
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+$(VENV)/.installed: requirements.lock pyproject.toml | $(BIN)/python $(UV)
+	@echo "Installing Spillway into $(VENV) (once; some minutes on a slow line) ..."
+	@$(INSTALL) --require-hashes -r requirements.lock
+	@$(INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
+	@echo "Installing the test tools ..."
+	@$(INSTALL) --require-hashes -r requirements-dev.lock
+	@touch $@
+
+# For every platform at once, with hashes; the address of no index is written into them. ARGS=--upgrade takes newer ones.
+COMPILE = $(UV) pip compile pyproject.toml --quiet --universal --python-version 3.11 --fork-strategy fewest \
+	--generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate $(ARGS)
+
+lock: | $(BIN)/python $(UV)
+	$(COMPILE) -o requirements.lock
+	$(COMPILE) --group dev -c requirements.lock -o requirements-dev.lock
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
