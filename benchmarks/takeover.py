@@ -2,7 +2,7 @@
 
     python -m benchmarks.takeover [--rounds 10] [--streams 8]
 
-Two workers, `--streams` concurrent streams; after each has shown some text, the busier worker (or its engine) is killed.
+Two workers, `--streams` concurrent streams; after some text, the busier worker (or its engine) is killed.
 The pause of a stream is its longest gap between two text events after the kill, re-prefill included. No peer does this,
 so the numbers stand alone: median and range over all streams that moved to another attempt.
 """
