@@ -80,11 +80,14 @@ class NewJob:
     idempotency_key: str | None = None
     body_digest: str = ""
     model: str = ""
+    kv_tokens: int = 0  # expected KV footprint; 0: `cost_tokens` stands for it
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimedJob:
-    """A job that this worker owns for this attempt. `lost` counts the attempts that ended in a crash."""
+    """A job that this worker owns for this attempt. `lost` counts the attempts that ended in a crash, `failures`
+    those that ended in a retried error; handing back counts in neither.
+    """
 
     id: str
     attempt: int
@@ -94,6 +97,7 @@ class ClaimedJob:
     rows: int = 1
     lost: int = 0
     deadline_ms: int | None = None
+    failures: int = 0
 
 
 @dataclass(frozen=True, slots=True)

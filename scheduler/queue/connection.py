@@ -1,0 +1,97 @@
+"""Connections to Redis: one kind per use (commands, blocking reads, pub/sub), with retries and timeouts set out loud.
+
+redis-py's async client retries nothing by default; every script of ours is safe to repeat, so commands retry.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import RedisError
+
+from scheduler.errors import QueueUnavailable, StartupError
+from scheduler.settings import Settings
+
+Role = Literal["command", "blocking", "pubsub"]
+
+EMBEDDED_STATE = "redis/embedded.json"  # below SPILLWAY_HOME: how other processes find an embedded server
+MIN_VERSION = (6, 2)
+_TIMEOUT_S: dict[Role, float | None] = {"command": 4.0, "blocking": 15.0, "pubsub": None}
+_POOL_SIZE: dict[Role, int] = {"command": 64, "blocking": 64, "pubsub": 4}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """What a start-up or `doctor` wants to know of a server; `maxmemory_bytes` 0: no limit."""
+
+    version: tuple[int, ...]
+    maxmemory_policy: str
+    maxmemory_bytes: int
+    run_id: str
+
+
+def redis_url(settings: Settings) -> str:
+    """The configured server, else the embedded one that runs for this home; raises QueueUnavailable without either."""
+    if settings.redis_url is not None:
+        return settings.redis_url
+    state = settings.home / EMBEDDED_STATE
+    try:
+        return str(json.loads(state.read_text(encoding="utf-8"))["url"])
+    except (OSError, ValueError, KeyError) as error:
+        raise QueueUnavailable(
+            f"No Redis: SPILLWAY_REDIS_URL is not set and no embedded server runs for {settings.home}; "
+            "start `spillway up` or set SPILLWAY_REDIS_URL"
+        ) from error
+
+
+def connect(settings: Settings, role: Role) -> Redis:
+    """A client for one role; connects lazily, replies are bytes. `unix://`, `redis://` and `rediss://` URLs."""
+    options: dict[str, Any] = {
+        "decode_responses": False,
+        "socket_timeout": _TIMEOUT_S[role],
+        "socket_connect_timeout": 4.0,
+        "max_connections": _POOL_SIZE[role],
+        "retry": Retry(ExponentialBackoff(cap=0.5, base=0.02), 0 if role == "pubsub" else 4),
+        "lib_name": None,
+        "lib_version": None,
+    }
+    url = redis_url(settings)
+    if not url.startswith("unix://"):
+        options["socket_keepalive"] = True
+    try:
+        return Redis.from_url(url, **options)  # pyright: ignore[reportUnknownMemberType]
+    except ValueError as error:
+        raise StartupError(f"SPILLWAY_REDIS_URL: {error}") from error
+
+
+async def check_server(redis: Redis, *, owned: bool = False) -> ServerFacts:
+    """Version and eviction policy. Raises StartupError below 6.2, and, on a server of our own, on any eviction."""
+    try:
+        info = cast(dict[str, Any], await redis.info())  # pyright: ignore[reportUnknownMemberType]
+    except RedisError as error:
+        raise StartupError(f"Redis cannot be used: {error}") from error
+    facts = ServerFacts(
+        version=tuple(int(part) for part in re.findall(r"\d+", str(info["redis_version"]))[:3]),
+        maxmemory_policy=str(info.get("maxmemory_policy", "noeviction")),
+        maxmemory_bytes=int(info.get("maxmemory", 0)),
+        run_id=str(info.get("run_id", "")),
+    )
+    if facts.version < MIN_VERSION:
+        raise StartupError(f"Redis {info['redis_version']} is too old: Spillway needs 6.2 or newer (or any Valkey)")
+    if facts.maxmemory_policy != "noeviction":
+        line = (
+            f"Redis evicts keys (maxmemory-policy {facts.maxmemory_policy}); accepted jobs may vanish, set noeviction"
+        )
+        if owned:
+            raise StartupError(line)
+        log.warning(line)
+    return facts

@@ -1,0 +1,13 @@
+-- A draining worker gives a job back: it goes on elsewhere, and neither losses nor failures count it.
+local worker, id, attempt, keep_ms, ends = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ends_from(5)
+redis.call('PEXPIRE', $own .. worker, $slack_ms)  -- always allowed, so that the script passes at maxmemory
+local mark = worker .. ' ' .. attempt
+if redis.call('HGET', $own .. worker, id) ~= attempt then
+  return redis.call('HGET', $job .. id, 'ended') == mark and 1 or 0
+end
+local job = load_job(id)
+if not job then return 0 end
+release(id, job)
+redis.call('HSET', $job .. id, 'ended', mark, 'handed', job.handed + 1)
+requeue(id, job, now_ms(), ends, keep_ms)
+return 1

@@ -1,0 +1,142 @@
+"""Wire forms of the queue: job hash → JobView, claim reply → ClaimedJob, and what a worker says at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from scheduler.job import AttemptView, ClaimedJob, JobState, JobView, Priority
+from scheduler.queue.keys import unquoted
+from scheduler.request import Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Enqueued:
+    """`created` False: an earlier job with the same Idempotency-Key and body answers, and `job_id` is its id."""
+
+    job_id: str
+    created: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EmitResult:
+    """`fenced`: no longer this worker's, stop computing them; `cancelled`: stop, then finish them as cancelled.
+
+    `lease_lost`: the worker was given up (all its jobs are fenced); its next claim starts a new lease.
+    """
+
+    fenced: frozenset[str]
+    cancelled: frozenset[str]
+    lease_lost: bool
+
+
+EMITTED = EmitResult(frozenset(), frozenset(), False)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an attempt ended. With `retry_delay_ms` the job goes on (then `payload` is not used), else it is sealed.
+
+    `payload`: the encoded terminal event. `dead`: attempts ran out, keep it as a dead letter. For state CANCELLED the
+    queue decides whether it was a cancel or the deadline, and writes the event itself.
+    """
+
+    state: JobState
+    payload: bytes = b""
+    usage: Usage = Usage()
+    retry_delay_ms: int | None = None
+    error_code: str = ""
+    error_message: str = ""
+    dead: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """What one sweep did; `ran` False: another process swept just before."""
+
+    ran: bool
+    graced: int = 0
+    workers: int = 0
+    queued: int = 0
+    dead: int = 0
+    promoted: int = 0
+    expired: int = 0
+    cancelled: int = 0
+
+
+def claimed_job(row: Sequence[bytes | int]) -> ClaimedJob:
+    """One row of the claim script's reply."""
+    job_id, attempt, body, class_, tenant, rows, lost, deadline, fails = row
+    return ClaimedJob(
+        id=_text(job_id),
+        attempt=int(attempt),
+        body=body if isinstance(body, bytes) else b"",
+        priority=Priority(_text(class_)),
+        tenant=unquoted(_text(tenant)),
+        rows=int(rows),
+        lost=int(lost),
+        deadline_ms=int(deadline) or None,
+        failures=int(fails),
+    )
+
+
+def pairs(flat: Iterable[bytes]) -> dict[bytes, bytes]:
+    """A flat reply `[field, value, …]` as a dict."""
+    items = iter(flat)
+    return dict(zip(items, items, strict=True))
+
+
+def job_view(job_id: str, fields: Mapping[bytes, bytes]) -> JobView:
+    """The job hash, live or as the `done` stream carries it."""
+    state = JobState(fields[b"state"].decode())
+    return JobView(
+        id=job_id,
+        state=state,
+        pool=unquoted(fields[b"pool"].decode()),
+        model=fields.get(b"model", b"").decode(),
+        priority=Priority(fields[b"class"].decode()),
+        tenant=unquoted(fields[b"tenant"].decode()),
+        attempt=int(fields[b"attempt"]),
+        created_ms=int(fields[b"created"]),
+        started_ms=_optional(fields, b"started"),
+        first_token_ms=_optional(fields, b"first"),
+        finished_ms=_optional(fields, b"finished"),
+        deadline_ms=_optional(fields, b"deadline"),
+        error_code=_optional_text(fields, b"code"),
+        error_message=_optional_text(fields, b"message"),
+        usage=_usage(fields),
+        attempts=_attempts(fields),
+    )
+
+
+def _usage(fields: Mapping[bytes, bytes]) -> Usage | None:
+    if b"prompt" not in fields:
+        return None
+    return Usage(
+        prompt_tokens=int(fields[b"prompt"]),
+        completion_tokens=int(fields[b"completion"]),
+        cached_tokens=int(fields[b"cached"]),
+    )
+
+
+def _attempts(fields: Mapping[bytes, bytes]) -> tuple[AttemptView, ...]:
+    found: list[AttemptView] = []
+    for name, value in fields.items():
+        if name.startswith(b"a:"):
+            started, _, worker = value.decode().partition(" ")
+            found.append(AttemptView(attempt=int(name[2:]), worker=worker, started_ms=int(started)))
+    return tuple(sorted(found, key=lambda view: view.attempt))
+
+
+def _optional(fields: Mapping[bytes, bytes], name: bytes) -> int | None:
+    value = fields.get(name)
+    return int(value) or None if value is not None else None
+
+
+def _optional_text(fields: Mapping[bytes, bytes], name: bytes) -> str | None:
+    value = fields.get(name)
+    return value.decode() if value else None
+
+
+def _text(value: bytes | int) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

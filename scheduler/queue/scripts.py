@@ -1,0 +1,77 @@
+"""The Lua scripts of scheduler/queue/lua, loaded once, and the one way to run them: EVALSHA with a fallback to EVAL.
+
+A script is its fragments (shared Lua functions) followed by its own file; `$name` placeholders come from keys.py.
+Every script is atomic, fenced where it must be, and safe to repeat after a lost reply.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from pathlib import Path
+from string import Template
+from typing import Any, Final
+
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from scheduler.errors import QueueUnavailable
+from scheduler.queue.keys import lua_names
+
+_FOLDER = Path(__file__).parent / "lua"
+CALL_TIMEOUT_S = 10.0  # one call with all its retries
+
+
+def _source(*names: str) -> str:
+    text = "\n".join((_FOLDER / f"{name}.lua").read_text(encoding="utf-8") for name in names)
+    return Template(text).substitute(lua_names())
+
+
+class Script:
+    """One Lua script. `Script("finish", "ready", "ending")`: own file last, fragments before it, `clock` first."""
+
+    def __init__(self, name: str, *fragments: str) -> None:
+        self.name = name
+        self.text = _source("clock", *fragments, name)
+        self.sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+
+    async def run(self, redis: Redis, prefix: str, *args: str | bytes | int | float) -> Any:
+        """Raw reply; raises QueueUnavailable where Redis cannot be reached or refuses."""
+        return await available(self._call(redis, prefix, args), self.name)
+
+    async def _call(self, redis: Redis, prefix: str, args: tuple[str | bytes | int | float, ...]) -> Any:
+        try:
+            return await redis.execute_command("EVALSHA", self.sha, 1, prefix, *args)  # pyright: ignore[reportUnknownMemberType]
+        except NoScriptError:
+            return await redis.execute_command("EVAL", self.text, 1, prefix, *args)  # pyright: ignore[reportUnknownMemberType]
+
+
+async def available(call: Any, what: str) -> Any:
+    """Awaits a Redis call within CALL_TIMEOUT_S; every reason why Redis did not do it becomes QueueUnavailable."""
+    try:
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            return await call
+    except (RedisConnectionError, RedisTimeoutError, TimeoutError) as error:
+        raise QueueUnavailable(f"Redis did not answer ({what}): {error or type(error).__name__}") from error
+    except OutOfMemoryError as error:
+        raise QueueUnavailable(f"Redis is out of memory ({what}); raise maxmemory or wait", retry_after_s=5) from error
+    except (ReadOnlyError, ResponseError) as error:
+        if isinstance(error, ReadOnlyError) or str(error).startswith(("MISCONF", "NOREPLICAS", "OOM", "BUSY")):
+            raise QueueUnavailable(f"Redis refuses writes ({what}): {error}") from error
+        raise
+    except RedisError as error:
+        raise QueueUnavailable(f"Redis failed ({what}): {error}") from error
+
+
+ENQUEUE: Final = Script("enqueue", "ready")
+CLAIM: Final = Script("claim", "ready")
+EMIT: Final = Script("emit")
+FINISH: Final = Script("finish", "ready", "ending")
+SWEEP: Final = Script("sweep", "ready", "ending", "reaping")
+CANCEL: Final = Script("cancel", "ready", "ending")
+HAND_BACK: Final = Script("hand_back", "ready", "ending")
+EXPIRE_WORKER: Final = Script("expire_worker", "ready", "ending", "reaping")
+RETIRE_WORKER: Final = Script("retire_worker", "ready", "ending", "reaping")
+READ_REGISTRY: Final = Script("read_registry")
