@@ -6,7 +6,6 @@ redis-py's async client retries nothing by default; every script of ours is safe
 from __future__ import annotations
 
 import json
-import logging
 import re
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -18,6 +17,7 @@ from redis.exceptions import RedisError
 
 from scheduler.errors import QueueUnavailable, StartupError
 from scheduler.settings import Settings
+from scheduler.telemetry import get_logger
 
 Role = Literal["command", "blocking", "pubsub"]
 
@@ -26,7 +26,7 @@ MIN_VERSION = (6, 2)
 _TIMEOUT_S: dict[Role, float | None] = {"command": 4.0, "blocking": 15.0, "pubsub": None}
 _POOL_SIZE: dict[Role, int] = {"command": 64, "blocking": 64, "pubsub": 4}
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

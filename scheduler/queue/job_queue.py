@@ -25,7 +25,6 @@ from scheduler.queue.records import (
     SweepResult,
     claimed_job,
     job_view,
-    pairs,
 )
 from scheduler.settings import Settings
 from scheduler.tokens import EventId, Failed, encode_event
@@ -216,16 +215,15 @@ class JobQueue:
     def _limits(self) -> tuple[int, int, int]:
         return self._keep_ms, self._settings.max_lost, self._settings.max_attempts
 
-    async def _run(self, script: scripts.Script, *args: str | bytes | int | float) -> Any:
+    async def _run(self, script: scripts.Script, *args: scripts.Argument) -> Any:
         return await script.run(self._redis, self._prefix, *args)
 
     async def _command(self, *args: str | int) -> Any:
-        call = self._redis.execute_command(*args)  # pyright: ignore[reportUnknownMemberType]
-        return await scripts.available(call, str(args[0]))
+        return await scripts.available(scripts.raw(self._redis)(*args), str(args[0]))
 
 
 def _ids(names: Sequence[bytes]) -> frozenset[str]:
     return frozenset(name.decode() for name in names)
 
 
-__all__ = ["EmitResult", "Enqueued", "JobQueue", "Outcome", "SweepResult", "pairs"]
+__all__ = ["EmitResult", "Enqueued", "JobQueue", "Outcome", "SweepResult"]

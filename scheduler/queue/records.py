@@ -30,6 +30,7 @@ class EmitResult:
     lease_lost: bool
 
 
+NO_USAGE = Usage()
 EMITTED = EmitResult(frozenset(), frozenset(), False)
 
 
@@ -43,7 +44,7 @@ class Outcome:
 
     state: JobState
     payload: bytes = b""
-    usage: Usage = Usage()
+    usage: Usage = NO_USAGE
     retry_delay_ms: int | None = None
     error_code: str = ""
     error_message: str = ""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from string import Template
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -21,6 +22,8 @@ from scheduler.errors import QueueUnavailable
 from scheduler.queue.keys import lua_names
 
 _FOLDER = Path(__file__).parent / "lua"
+Argument = str | bytes | int | float
+
 CALL_TIMEOUT_S = 10.0  # one call with all its retries
 
 
@@ -37,18 +40,24 @@ class Script:
         self.text = _source("clock", *fragments, name)
         self.sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
 
-    async def run(self, redis: Redis, prefix: str, *args: str | bytes | int | float) -> Any:
+    async def run(self, redis: Redis, prefix: str, *args: Argument) -> Any:
         """Raw reply; raises QueueUnavailable where Redis cannot be reached or refuses."""
         return await available(self._call(redis, prefix, args), self.name)
 
-    async def _call(self, redis: Redis, prefix: str, args: tuple[str | bytes | int | float, ...]) -> Any:
+    async def _call(self, redis: Redis, prefix: str, args: tuple[Argument, ...]) -> Any:
+        execute = raw(redis)
         try:
-            return await redis.execute_command("EVALSHA", self.sha, 1, prefix, *args)  # pyright: ignore[reportUnknownMemberType]
+            return await execute("EVALSHA", self.sha, 1, prefix, *args)
         except NoScriptError:
-            return await redis.execute_command("EVAL", self.text, 1, prefix, *args)  # pyright: ignore[reportUnknownMemberType]
+            return await execute("EVAL", self.text, 1, prefix, *args)
 
 
-async def available(call: Any, what: str) -> Any:
+def raw(redis: Redis) -> Callable[..., Awaitable[Any]]:
+    """`execute_command` with a type: arguments as they go out, the reply as redis-py parses it."""
+    return cast(Callable[..., Awaitable[Any]], redis.execute_command)  # pyright: ignore[reportUnknownMemberType]
+
+
+async def available(call: Awaitable[Any], what: str) -> Any:
     """Awaits a Redis call within CALL_TIMEOUT_S; every reason why Redis did not do it becomes QueueUnavailable."""
     try:
         async with asyncio.timeout(CALL_TIMEOUT_S):

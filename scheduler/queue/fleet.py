@@ -1,0 +1,67 @@
+"""The fleet registry: which workers live and which models their pools serve. Workers write it, routing and the API read.
+
+An entry is a key with a TTL, refreshed about every second; the index is a set, pruned by every read.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from redis.asyncio import Redis
+
+from scheduler.model_card import ModelCard
+from scheduler.queue.keys import CARD_MS, WORKER_MS, Keys, quoted
+from scheduler.queue.scripts import READ_REGISTRY, available, raw
+from scheduler.settings import Settings
+
+
+class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker as the console shows it; times are Unix ms of the worker's clock."""
+
+    id: str
+    pid: int
+    engine_pid: int | None = None
+    host: str = ""
+    kind: str = "local"
+    models: tuple[str, ...] = ()
+    busy_rows: int = 0
+    max_rows: int = 0
+    started_ms: int = 0
+    seen_ms: int = 0
+    stats: dict[str, float] = {}
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_worker = msgspec.msgpack.Decoder(WorkerView).decode
+_decode_card = msgspec.msgpack.Decoder(ModelCard).decode
+
+
+class Fleet:
+    """The registry of one shard. A pool is named by its card's id."""
+
+    def __init__(self, redis: Redis, settings: Settings) -> None:
+        self._redis = redis
+        self._keys = Keys(settings.shard)
+
+    async def publish(self, worker: WorkerView, card: ModelCard) -> None:
+        """Says that this worker lives (for 10 s) and what its pool serves (for 60 s)."""
+        keys, pool = self._keys, quoted(card.id)
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.set(keys.of("worker", quoted(worker.id)), _encode(worker), px=WORKER_MS)
+            pipe.set(keys.of("card", pool), _encode(card), px=CARD_MS)
+            pipe.sadd(keys.of("fleet"), quoted(worker.id))  # pyright: ignore[reportUnusedCoroutine]
+            pipe.sadd(keys.of("pools"), pool)  # pyright: ignore[reportUnusedCoroutine]
+            await available(pipe.execute(), "publish")
+
+    async def withdraw(self, worker_id: str) -> None:
+        """The worker left; its pool stays offered until its card expires."""
+        await available(raw(self._redis)("DEL", self._keys.of("worker", quoted(worker_id))), "withdraw")
+
+    async def workers(self) -> list[WorkerView]:
+        """Live workers, by start."""
+        rows = await READ_REGISTRY.run(self._redis, self._keys.prefix, *self._keys.registry("fleet", "worker"))
+        return sorted((_decode_worker(row) for row in rows), key=lambda worker: (worker.started_ms, worker.id))
+
+    async def models(self) -> list[ModelCard]:
+        """Cards of live or recently seen pools; the first one is `default`."""
+        rows = await READ_REGISTRY.run(self._redis, self._keys.prefix, *self._keys.registry("pools", "card"))
+        return sorted((_decode_card(row) for row in rows), key=lambda card: (card.position, card.created_s, card.id))
