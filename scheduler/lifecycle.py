@@ -15,7 +15,8 @@ from scheduler.errors import BY_CODE, UnknownModel
 from scheduler.job import ClaimedJob, JobState, NewJob, Priority
 from scheduler.model_card import ModelCard
 from scheduler.queue.fleet import Fleet
-from scheduler.queue.job_queue import EmitResult, JobQueue, Outcome
+from scheduler.queue.job_queue import JobQueue
+from scheduler.queue.records import NO_USAGE, EmitResult, Outcome
 from scheduler.request import InferenceRequest, Usage, encode_request
 from scheduler.settings import Settings
 from scheduler.tokens import ChoiceDelta, Delta, EventId, Failed, Finished, decode_event, encode_event, merge_deltas
@@ -123,7 +124,7 @@ class Lifecycle:
         code: str,
         message: str,
         param: str | None = None,
-        usage: Usage | None = None,
+        usage: Usage = NO_USAGE,
     ) -> bool:
         """The attempt failed: a retry, or the job's end. False: it was not this worker's any more."""
         decision = retry.decide(code, job.attempt, job.failures + job.lost, self._limits, self._rng)
@@ -133,16 +134,12 @@ class Lifecycle:
             case retry.GiveUp(_, exhausted):
                 state = _END_STATES.get(code, JobState.FAILED)
                 payload = encode_event(Failed(code=code, message=message, param=param))
-                outcome = Outcome(
-                    state, payload, usage or Usage(), error_code=code, error_message=message, dead=exhausted
-                )
+                outcome = Outcome(state, payload, usage, error_code=code, error_message=message, dead=exhausted)
         return await self._queue.finish(worker, job.id, job.attempt, outcome)
 
-    async def cancelled(self, worker: str, job: ClaimedJob, usage: Usage | None = None) -> bool:
+    async def cancelled(self, worker: str, job: ClaimedJob, usage: Usage = NO_USAGE) -> bool:
         """The worker stopped a job that emit reported as cancelled (by its client or by its deadline)."""
-        return await self._queue.finish(
-            worker, job.id, job.attempt, Outcome(JobState.CANCELLED, usage=usage or Usage())
-        )
+        return await self._queue.finish(worker, job.id, job.attempt, Outcome(JobState.CANCELLED, usage=usage))
 
     async def hand_back(self, worker: str, job: ClaimedJob) -> bool:
         """A draining worker gives a job back; the attempt is not burnt."""

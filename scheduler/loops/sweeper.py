@@ -1,4 +1,4 @@
-"""The sweep loop: expired leases, due jobs, deadlines. Runs in the scheduler and in every worker; Redis limits the rate."""
+"""The sweep loop: expired leases, due jobs, deadlines. Every worker and the scheduler run it; Redis limits the rate."""
 
 from __future__ import annotations
 

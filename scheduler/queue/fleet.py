@@ -1,4 +1,4 @@
-"""The fleet registry: which workers live and which models their pools serve. Workers write it, routing and the API read.
+"""The fleet registry: which workers live and which models their pools serve. Workers write it, the API reads it.
 
 An entry is a key with a TTL, refreshed about every second; the index is a set, pruned by every read.
 """
