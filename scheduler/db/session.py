@@ -7,6 +7,8 @@ SQL makes one Database and closes it at its end; schema.py brings the tables up 
 from __future__ import annotations
 
 import errno
+import shutil
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, event, make_url
@@ -18,6 +20,7 @@ from scheduler.errors import StartupError
 from scheduler.settings import Settings
 
 LOCK_WAIT_S = 10.0
+POSTGRES_DISK_FULL = "53100"
 
 
 class Database:
@@ -74,26 +77,32 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
 
 def startup_error(error: Exception, settings: Settings) -> StartupError:
     """The one line that says why the database cannot be used and what to do about it."""
+    return StartupError(explain(error, settings))
+
+
+def explain(error: Exception, settings: Settings) -> str:
+    """One line on a failed statement or connection, without credentials: what happened, where, what to do."""
     url = make_url(settings.sql_url)
-    where = url.database or "memory" if url.get_backend_name() == "sqlite" else url.render_as_string(hide_password=True)
+    is_sqlite = url.get_backend_name() == "sqlite"
+    where = url.database or "in memory" if is_sqlite else url.render_as_string(hide_password=True)
     cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
     text = str(cause).strip().partition("\n")[0] or type(cause).__name__
-    if is_disk_full(error):
-        return StartupError(
-            f"The disk is full: the database {where} cannot be written. Free some space and start again."
-        )
+    if _is_disk_full(cause, Path(where).parent if is_sqlite else None):
+        return f"The disk is full: the database {where} cannot be written. Free some space and start again."
     if "file is not a database" in text:
-        return StartupError(f"{where} is not an SQLite database. Move it away, or set another SPILLWAY_HOME.")
+        return f"{where} is not an SQLite database. Move it away, or set another SPILLWAY_HOME."
     if "readonly database" in text or "unable to open" in text or isinstance(cause, PermissionError):
-        return StartupError(f"The database {where} cannot be opened for writing: {text}. Check its owner and mode.")
-    if url.get_backend_name() == "postgresql":
-        return StartupError(f"The database {where} cannot be used: {text}. Check SPILLWAY_DATABASE_URL and the server.")
-    return StartupError(f"The database {where} cannot be used: {text}.")
+        return f"The database {where} cannot be opened for writing: {text}. Check its owner and mode."
+    if "database is locked" in text:
+        return f"The database {where} was locked by another program for {LOCK_WAIT_S:.0f} s. End that program first."
+    hint = "" if is_sqlite else " Check SPILLWAY_DATABASE_URL and the server."
+    return f"The database {where} cannot be used: {text}.{hint}"
 
 
-def is_disk_full(error: BaseException) -> bool:
-    """Whether a write failed for want of space, be it SQLite, PostgreSQL (53100) or the file system that says so."""
-    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+def _is_disk_full(cause: BaseException, folder: Path | None) -> bool:
     if isinstance(cause, OSError) and cause.errno in {errno.ENOSPC, errno.EDQUOT}:
         return True
-    return "database or disk is full" in str(cause) or getattr(cause, "sqlstate", None) == "53100"
+    if "database or disk is full" in str(cause) or getattr(cause, "sqlstate", None) == POSTGRES_DISK_FULL:
+        return True
+    # Where even the shared-memory file of WAL finds no room, SQLite says no more than "disk I/O error".
+    return "disk I/O error" in str(cause) and folder is not None and shutil.disk_usage(folder).free < 2**20
