@@ -64,6 +64,12 @@ def shard_of(job_id: str) -> str:
     return parts[1]
 
 
+def created_ms_of(job_id: str) -> int:
+    """When a job's id was made (Unix ms); raises ValueError where the text is no job id."""
+    shard_of(job_id)
+    return int(job_id.rpartition("-")[2][:11], 16)
+
+
 @dataclass(frozen=True, slots=True)
 class NewJob:
     """What `enqueue` needs. `cost_tokens` is an estimate, settled at claim and finish; times are Unix ms."""

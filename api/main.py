@@ -1,0 +1,76 @@
+"""The API application: its layers, routes, error handlers and lifespan. Run by api/server.py."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from api.drain import Drain
+from api.errors import plain_problem, problem_of
+from api.host_guard import HostGuard
+from api.metrics import ApiMetrics
+from api.protocols.parameters import BadParameter
+from api.request_trace import RequestTrace
+from api.responses import problem_response
+from api.routes import admin, chat, health, jobs, models
+from api.services import open_services
+from scheduler.errors import SpillwayError
+from scheduler.settings import Settings
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The ASGI application. Entering its lifespan connects; leaving it disconnects."""
+    metrics = ApiMetrics()
+    drain = Drain()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with open_services(settings, metrics, drain) as services:
+            app.state.services = services
+            yield
+
+    app = FastAPI(
+        lifespan=lifespan, title="Spillway", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
+    app.state.drain = drain
+    app.add_middleware(HostGuard, settings=settings)
+    app.add_middleware(RequestTrace, metrics=metrics)
+    for routes in (chat, models, jobs, admin, health):
+        app.include_router(routes.router)
+    app.add_exception_handler(SpillwayError, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(RequestValidationError, _answer_validation_error)
+    return app
+
+
+async def _answer_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, SpillwayError)
+    return problem_response(problem_of(error))
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    url = f"{request.method} {request.url.path[:200]}"
+    headers = dict(error.headers or {})
+    match error.status_code:
+        case HTTPStatus.NOT_FOUND:
+            return problem_response(plain_problem(404, f"Unknown request URL: {url}.", "unknown_url"))
+        case HTTPStatus.METHOD_NOT_ALLOWED:
+            message = f"Not allowed method: {url}. Allowed: {headers.get('Allow', headers.get('allow', 'another'))}."
+            return problem_response(plain_problem(405, message, "method_not_allowed", headers))
+        case status:
+            return problem_response(plain_problem(status, str(error.detail), headers=headers))
+
+
+async def _answer_validation_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    param = ".".join(str(part) for part in first["loc"][1:])
+    return problem_response(
+        problem_of(BadParameter(f"Invalid '{param}': {first['msg']}.", param=param, reason="invalid_value"))
+    )

@@ -1,0 +1,72 @@
+"""Everything that a request handler needs, opened once per process and closed in reverse order."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from redis.asyncio import Redis
+
+from api.auth import Authenticator
+from api.drain import Drain
+from api.metrics import ApiMetrics, Scrape
+from scheduler.db.jobs import JobStore
+from scheduler.db.keys import KeyStore
+from scheduler.db.session import Database
+from scheduler.lifecycle import Lifecycle
+from scheduler.queue.connection import check_server, connect
+from scheduler.queue.fleet import Fleet
+from scheduler.queue.job_queue import JobQueue
+from scheduler.queue.token_bus import TokenBus
+from scheduler.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The open connections and the objects that own them."""
+
+    settings: Settings
+    redis: Redis
+    queue: JobQueue
+    fleet: Fleet
+    lifecycle: Lifecycle
+    bus: TokenBus
+    database: Database
+    jobs: JobStore
+    authenticator: Authenticator
+    drain: Drain
+    metrics: ApiMetrics
+    scrape: Scrape
+
+
+@asynccontextmanager
+async def open_services(settings: Settings, metrics: ApiMetrics, drain: Drain) -> AsyncIterator[Services]:
+    """Connect to Redis and SQL. Raises StartupError in one line where a part is missing or refuses."""
+    async with AsyncExitStack() as stack:
+        database = Database(settings)
+        stack.push_async_callback(database.close)
+        authenticator = Authenticator(settings, KeyStore(database))
+        await authenticator.check_start()
+        redis = connect(settings, "command")
+        stack.push_async_callback(redis.aclose)
+        await check_server(redis)
+        queue = JobQueue(redis, settings)
+        fleet = Fleet(redis, settings)
+        bus = TokenBus(settings)
+        await bus.start()
+        stack.push_async_callback(bus.close)
+        yield Services(
+            settings=settings,
+            redis=redis,
+            queue=queue,
+            fleet=fleet,
+            lifecycle=Lifecycle(queue, fleet, settings),
+            bus=bus,
+            database=database,
+            jobs=JobStore(database),
+            authenticator=authenticator,
+            drain=drain,
+            metrics=metrics,
+            scrape=Scrape(metrics, queue, fleet),
+        )
