@@ -1,15 +1,18 @@
-"""The API application: its layers, routes, error handlers and lifespan. Run by api/server.py."""
+"""The API application: its layers, routes, error handlers and lifespan; `serve` is the API process."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 
+import uvloop
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from api import server
 from api.drain import Drain
 from api.errors import plain_problem, problem_of
 from api.host_guard import HostGuard
@@ -19,6 +22,8 @@ from api.request_trace import RequestTrace
 from api.responses import problem_response
 from api.routes import admin, chat, health, jobs, models
 from api.services import open_services
+from scheduler import telemetry
+from scheduler.db.schema import migrate
 from scheduler.errors import SpillwayError
 from scheduler.settings import Settings
 
@@ -46,6 +51,14 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(RequestValidationError, _answer_validation_error)
     return app
+
+
+def serve(settings: Settings) -> None:
+    """The API process, until SIGTERM or SIGINT. Raises StartupError in one line where it cannot start."""
+    telemetry.configure(settings, "api")
+    migrate(settings)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(server.run(create_app(settings), settings))
 
 
 async def _answer_error(_request: Request, error: Exception) -> Response:

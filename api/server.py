@@ -1,4 +1,4 @@
-"""Runs the API process: its socket, uvicorn, SIGTERM drain, and the watch on the process that started it."""
+"""Runs the API for main.serve: its socket, uvicorn, SIGTERM drain, and the watch on the process that started it."""
 
 from __future__ import annotations
 
@@ -7,57 +7,66 @@ import errno
 import math
 import signal
 import socket
-from collections.abc import Generator
-from contextlib import contextmanager
+import threading
+from collections.abc import AsyncIterator, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager
 
 import uvicorn
+from fastapi import FastAPI
 
 from api.drain import Drain
-from api.main import create_app
-from scheduler import telemetry
-from scheduler.db.schema import migrate
 from scheduler.errors import StartupError
+from scheduler.parent_watch import watch
 from scheduler.settings import Settings
 from scheduler.telemetry import get_logger
 
 BACKLOG = 2048
 IDLE_CONNECTION_S = 75
 FAREWELL_S = 3  # after the drain: time to write the streams' last event
-MAX_HEADER_BYTES = 64 * 1024
 
 log = get_logger(__name__)
 
 
-def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT. Raises StartupError in one line where it cannot start."""
-    telemetry.configure(settings, "api")
-    migrate(settings)
-    config = uvicorn.Config("", loop="uvloop")
-    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_serve(settings))
-
-
-async def _serve(settings: Settings) -> None:
-    app = create_app(settings)
+async def run(app: FastAPI, settings: Settings) -> None:
+    """Serve `app` until SIGTERM or SIGINT. Raises StartupError in one line where it cannot start."""
     async with app.router.lifespan_context(app):
         with listening_socket(settings.host, settings.port) as listener:
-            config = uvicorn.Config(
-                app,
-                http="httptools",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                backlog=BACKLOG,
-                timeout_keep_alive=IDLE_CONNECTION_S,
-                timeout_graceful_shutdown=math.ceil(settings.drain_s) + FAREWELL_S,
-                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            )
+            server = DrainingServer(uvicorn_config(app, settings), app.state.drain, settings.drain_s)
             log.info("listening", host=settings.host, port=settings.port)
-            await DrainingServer(config, app.state.drain, settings.drain_s).serve([listener])
+            async with _watching_parent(settings.parent_pipe, server.stop):
+                await server.serve([listener])
             log.info("stopped")
+
+
+def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How uvicorn runs here: no log of its own, no lifespan (run holds it), a bounded end."""
+    return uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=IDLE_CONNECTION_S,
+        timeout_graceful_shutdown=math.ceil(settings.drain_s) + FAREWELL_S,
+    )
+
+
+@asynccontextmanager
+async def _watching_parent(pipe: int | None, stop: Callable[[], None]) -> AsyncIterator[None]:
+    """Stop when the process that started this one is gone."""
+    if pipe is None:
+        yield
+        return
+    watcher = asyncio.create_task(watch(pipe, stop), name="parent-watch")
+    try:
+        yield
+    finally:
+        watcher.cancel()
+        await asyncio.gather(watcher, return_exceptions=True)
 
 
 class DrainingServer(uvicorn.Server):
@@ -77,6 +86,9 @@ class DrainingServer(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Generator[None]:
         """uvicorn's own raises the signal again at the end, so that a clean stop would look like a death."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread hears signals; here `stop` is called by whoever runs the server
+            return
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated
 
@@ -66,7 +66,7 @@ class ChatStream(Response):
             async with aclosing(self._chunks(feed, first)) as chunks:
                 await event_stream(chunks)(scope, receive, send)
 
-    async def _chunks(self, feed: JobFeed, events: list[VisibleEvent]) -> AsyncIterator[bytes]:
+    async def _chunks(self, feed: JobFeed, events: list[VisibleEvent]) -> AsyncGenerator[bytes]:
         silence_s = self._services.settings.keepalive_s
         encoder = ChunkEncoder(_head(feed, self._order), self._call.request.n, self._call.include_usage)
         try:

