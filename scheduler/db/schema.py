@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import logging
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -34,6 +35,9 @@ ADVISORY_LOCK = 0x5350_494C_4C57  # "SPILLW": one number for every Spillway that
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+logging.getLogger("alembic").setLevel(logging.WARNING)  # three lines at every start, however little there is to do
+
 
 def migrate(settings: Settings) -> str:
     """Bring the database up to date and return its revision. Blocks: call it before the event loop runs.
@@ -41,6 +45,11 @@ def migrate(settings: Settings) -> str:
     Raises StartupError in one line where the database is newer than this version, locked, full or out of reach.
     """
     return _on_connection(settings, _upgrade)
+
+
+def revisions(settings: Settings) -> tuple[str | None, str]:
+    """The database's revision, None where it is empty, and the one of this version; changes nothing."""
+    return _on_connection(settings, _revisions)
 
 
 def schema_differences(settings: Settings) -> list[str]:
@@ -89,14 +98,23 @@ def _upgrade(connection: Connection) -> str:
     config = _config(connection)
     scripts = ScriptDirectory.from_config(config)
     known = {script.revision for script in scripts.walk_revisions()}
-    unknown = set(_context(connection).get_current_heads()) - known
+    current = set(_context(connection).get_current_heads())
+    unknown = current - known
     if unknown:
         raise StartupError(
             f"The database {_name(connection)} was written by a newer version of Spillway (its revision "
             f"{min(unknown)} is not known here). Start that version, or set another SPILLWAY_HOME."
         )
-    command.upgrade(config, "head")
-    return scripts.get_current_head() or ""
+    head = scripts.get_current_head() or ""
+    if head not in current:
+        command.upgrade(config, head)
+        log.info("database brought up to revision %s", head)
+    return head
+
+
+def _revisions(connection: Connection) -> tuple[str | None, str]:
+    head = ScriptDirectory.from_config(_config(connection)).get_current_head()
+    return _context(connection).get_current_revision(), head or ""
 
 
 def _compare(connection: Connection) -> list[str]:

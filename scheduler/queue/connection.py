@@ -5,8 +5,10 @@ redis-py's async client retries nothing by default; every script of ours is safe
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import time
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -23,6 +25,7 @@ Role = Literal["command", "blocking", "pubsub"]
 
 EMBEDDED_STATE = "redis/embedded.json"  # below SPILLWAY_HOME: how other processes find an embedded server
 MIN_VERSION = (6, 2)
+_RETRY_S = 0.3
 _TIMEOUT_S: dict[Role, float | None] = {"command": 4.0, "blocking": 15.0, "pubsub": None}
 _POOL_SIZE: dict[Role, int] = {"command": 64, "blocking": 64, "pubsub": 4}
 
@@ -73,12 +76,12 @@ def connect(settings: Settings, role: Role) -> Redis:
         raise StartupError(f"SPILLWAY_REDIS_URL: {error}") from error
 
 
-async def check_server(redis: Redis, *, owned: bool = False) -> ServerFacts:
-    """Version and eviction policy. Raises StartupError below 6.2, and, on a server of our own, on any eviction."""
-    try:
-        info = cast(dict[str, Any], await redis.info())  # pyright: ignore[reportUnknownMemberType]
-    except RedisError as error:
-        raise StartupError(f"Redis cannot be used: {error}") from error
+async def check_server(redis: Redis, *, owned: bool = False, wait_s: float = 0.0) -> ServerFacts:
+    """Version and eviction policy. Raises StartupError below 6.2, and, on a server of our own, on any eviction.
+
+    `wait_s`: how long a server may take to come up, where nobody starts it before its clients.
+    """
+    info = await _server_info(redis, time.monotonic() + wait_s)
     facts = ServerFacts(
         version=tuple(int(part) for part in re.findall(r"\d+", str(info["redis_version"]))[:3]),
         maxmemory_policy=str(info.get("maxmemory_policy", "noeviction")),
@@ -95,3 +98,13 @@ async def check_server(redis: Redis, *, owned: bool = False) -> ServerFacts:
             raise StartupError(line)
         log.warning(line)
     return facts
+
+
+async def _server_info(redis: Redis, give_up_s: float) -> dict[str, Any]:
+    while True:
+        try:
+            return cast(dict[str, Any], await redis.info())  # pyright: ignore[reportUnknownMemberType]
+        except RedisError as error:
+            if time.monotonic() >= give_up_s:
+                raise StartupError(f"Redis cannot be used: {error}") from error
+        await asyncio.sleep(_RETRY_S)

@@ -64,6 +64,7 @@ _SINGLETON_NAMES = {
     "dead": "dead",
     "fleet": "fleet",
     "pools": "pools",
+    "cron": "cron",
 }
 
 SINGLETONS = {
@@ -78,6 +79,7 @@ SINGLETONS = {
     "dead": f"stream of dead letters, MAXLEN ~ {DEAD_MAXLEN}",
     "fleet": "set of worker ids; reading the registry removes those whose entry expired",
     "pools": "set of pool names; reading the registry removes those whose card expired",
+    "cron": "zset of arq's pending control jobs; arq removes each when it ends, and its other keys have TTLs",
 }
 
 

@@ -1,0 +1,106 @@
+"""The scheduler process: sweeper, recorder and periodic jobs. `python -m scheduler.main`, or `spillway scheduler`.
+
+Several may run against one Redis and one database. A loop that dies ends the process with a non-zero status, so that
+whoever started it (`spillway up`, compose, a process manager) notices and starts it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import signal
+import sys
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+from redis.asyncio import Redis
+
+from scheduler import parent_watch
+from scheduler.db.jobs import JobStore
+from scheduler.db.schema import migrate
+from scheduler.db.session import Database
+from scheduler.errors import CapacityError, InternalError, StartupError
+from scheduler.loops.cron import PeriodicJob, run_cron
+from scheduler.loops.pruner import prune_finished_jobs
+from scheduler.loops.recorder import Recorder
+from scheduler.loops.sweeper import run_sweeper
+from scheduler.queue.connection import check_server, connect
+from scheduler.queue.done_log import DoneLog
+from scheduler.queue.job_queue import JobQueue
+from scheduler.settings import Settings, load_settings
+from scheduler.telemetry import configure, get_logger
+
+PRUNE_MINUTE = 17  # of every hour
+REDIS_WAIT_S = 30.0  # a Procfile starts everything at once
+
+log = get_logger(__name__)
+
+
+def main() -> int:
+    """Run until SIGTERM or SIGINT; the exit status."""
+    try:
+        settings = load_settings()
+    except StartupError as error:
+        print(error.message, file=sys.stderr)
+        return 1
+    configure(settings, "scheduler")
+    try:
+        migrate(settings)
+        asyncio.run(_serve(settings))
+    except (StartupError, CapacityError) as error:
+        log.critical(error.message)
+        return 1
+    except ExceptionGroup as group:
+        log.critical("a loop of the scheduler died", exc_info=group)
+        return 1
+    return 0
+
+
+async def _serve(settings: Settings) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    database = Database(settings)
+    commands, blocking = connect(settings, "command"), connect(settings, "blocking")
+    try:
+        await check_server(commands, owned=settings.redis_url is None, wait_s=REDIS_WAIT_S)
+        await _run_loops(settings, database, commands, blocking, stop)
+    finally:
+        await commands.aclose()
+        await blocking.aclose()
+        await database.close()
+
+
+async def _run_loops(
+    settings: Settings, database: Database, commands: Redis, blocking: Redis, stop: asyncio.Event
+) -> None:
+    store = JobStore(database)
+    recorder = Recorder(DoneLog(blocking, settings), store, settings)
+    prune = PeriodicJob("prune_finished_jobs", lambda: prune_finished_jobs(store, settings, _now_ms()), PRUNE_MINUTE)
+    async with asyncio.TaskGroup() as group:
+        until_stop = functools.partial(_until_stop, stop)
+        group.create_task(until_stop("sweeper", run_sweeper(JobQueue(commands, settings), settings, stop)))
+        group.create_task(until_stop("recorder", recorder.run(stop)))
+        endless = [group.create_task(until_stop("cron", run_cron([prune], settings)))]
+        if settings.parent_pipe is not None:
+            endless.append(group.create_task(parent_watch.watch(settings.parent_pipe, stop.set)))
+        log.info("scheduler runs", shard=settings.shard)
+        await stop.wait()
+        for task in endless:
+            task.cancel()
+    log.info("scheduler stopped")
+
+
+async def _until_stop(stop: asyncio.Event, name: str, loop: Coroutine[Any, Any, None]) -> None:
+    await loop
+    if not stop.is_set():
+        raise InternalError(f"the {name} loop ended by itself")
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
