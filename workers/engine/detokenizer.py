@@ -180,6 +180,7 @@ class _WindowDecoder:
         return _plain_decode(self._tokenizer, self._window)
 
 
+@functools.lru_cache(maxsize=8)
 def special_ids(tokenizer: Any) -> frozenset[int]:
     """Ids that never show as text: the added tokens that the tokenizer marks as special."""
     return frozenset(token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
@@ -250,3 +251,14 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF_CHAR = _byte_alphabet()
+
+
+def token_bytes(tokenizer: Any, token_id: int) -> bytes:
+    """The bytes that one token stands for, a special token's name included; b"" beyond the vocabulary."""
+    pieces = _pieces_of(tokenizer)
+    if pieces is not None and token_id not in special_ids(tokenizer):
+        return pieces.bytes_of(token_id)
+    piece = tokenizer.convert_ids_to_tokens(token_id)
+    if piece is None or token_id in special_ids(tokenizer):
+        return (piece or "").encode()
+    return tokenizer.decode([token_id]).encode()

@@ -1,0 +1,196 @@
+"""Who runs next: admission from the waiting list, prefill chunks within a time budget, decode in between. Pure.
+
+    add ─► waiting ──admit──► prefilling ──promote──► running ──remove
+              ▲                                          │
+              └────────────── preempt / suspect ─────────┘
+
+The engine asks `schedule` once per step and reports back what a prefill cost. Nothing here touches arrays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workers.engine.sequence import Phase, Sequence, in_service_order
+
+MIN_CHUNK_TOKENS = 16
+MAX_CHUNK_TOKENS = 2048
+IDLE_STALL_FACTOR = 4  # with no stream running, a chunk may take this many stalls: only cancels wait for it
+SMALLEST_CAPACITY = 64
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """`slot_tokens` bounds rows x capacity of the working set; `stall_s` is how long prefill may hold up streams."""
+
+    max_rows: int
+    slot_tokens: int
+    stall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Prefill `count` tokens of the sequence from position `start`."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """One decode step over all running sequences."""
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Nothing to do."""
+
+
+Decision = Prefill | Decode | Idle
+
+
+def row_bucket(rows: int) -> int:
+    """The working set's row count for `rows` rows: the next power of two."""
+    return 1 << max(0, rows - 1).bit_length()
+
+
+def capacity_bucket(tokens: int) -> int:
+    """The working set's columns for a longest row of `tokens`: the next power of two."""
+    return max(SMALLEST_CAPACITY, 1 << max(0, tokens - 1).bit_length())
+
+
+class BatchScheduler:
+    """Owns the waiting, prefilling and running lists."""
+
+    def __init__(self, limits: BatchLimits) -> None:
+        self._limits = limits
+        self.waiting: list[Sequence] = []
+        self.prefilling: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self._tokens_per_s = 0.0
+        self._debt_s = 0.0
+        self._prefilled_last = False
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.prefilling or self.running)
+
+    @property
+    def busy_rows(self) -> int:
+        return len(self.prefilling) + len(self.running)
+
+    @property
+    def free_rows(self) -> int:
+        """Rows that a new sequence could take now; what waits here is ahead of it."""
+        return max(0, self._limits.max_rows - self.busy_rows - len(self.waiting))
+
+    @property
+    def free_slot_tokens(self) -> int:
+        """KV tokens that are not spoken for, what waits included."""
+        everyone = [*self.prefilling, *self.running, *self.waiting]
+        return max(0, self._limits.slot_tokens - _slot_tokens(everyone))
+
+    def add(self, sequence: Sequence) -> None:
+        sequence.phase = Phase.WAITING
+        self.waiting = in_service_order([*self.waiting, sequence])
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget the sequence, wherever it is."""
+        for members in (self.waiting, self.prefilling, self.running):
+            if sequence in members:
+                members.remove(sequence)
+
+    def promote(self, sequence: Sequence) -> None:
+        """Its prefill is done: it takes part in the next decode step."""
+        self.prefilling.remove(sequence)
+        self.running.append(sequence)
+        sequence.phase = Phase.RUNNING
+
+    def send_back(self, sequence: Sequence) -> None:
+        """Its KV is gone: it waits again, at its old place in the order."""
+        self.remove(sequence)
+        sequence.prefilled = 0
+        self.add(sequence)
+
+    def admit(self) -> list[Sequence]:
+        """Move what fits now from waiting to prefilling, in order; the first that does not fit holds the rest."""
+        admitted: list[Sequence] = []
+        for sequence in list(self.waiting):
+            if not self._fits(sequence):
+                break
+            if any(other.job_id == sequence.job_id for other in self.prefilling):
+                continue  # a sibling is prefilling the same prompt: its pages will serve this one
+            self.waiting.remove(sequence)
+            self.prefilling.append(sequence)
+            sequence.phase = Phase.PREFILL
+            admitted.append(sequence)
+        return admitted
+
+    def schedule(self) -> Decision:
+        """The next thing to launch; after a prefill the running streams always get a step."""
+        pending = [sequence for sequence in self.prefilling if sequence.prefilled < sequence.prefill_target]
+        if pending and not (self.running and self._prefilled_last):
+            self._prefilled_last = True
+            return Prefill(self._chunks(in_service_order(pending)))
+        self._prefilled_last = False
+        return Decode() if self.running else Idle()
+
+    def observe_prefill(self, tokens: int, seconds: float) -> None:
+        """Learn the prefill speed, and carry what was overdrawn into the next budget."""
+        if tokens <= 0 or seconds <= 0:
+            return
+        speed = tokens / seconds
+        self._tokens_per_s = speed if self._tokens_per_s == 0 else 0.6 * self._tokens_per_s + 0.4 * speed
+        self._debt_s = min(max(0.0, self._debt_s + seconds - self._limits.stall_s), self._limits.stall_s)
+
+    def victim(self) -> Sequence | None:
+        """Whom to preempt so that the running rows fit the budget; None when they do, or one row is left."""
+        if len(self.running) < 2 or _slot_tokens(self.running) <= self._limits.slot_tokens:
+            return None
+        return in_service_order(self.running)[-1]
+
+    def _fits(self, sequence: Sequence) -> bool:
+        active = [*self.prefilling, *self.running]
+        if not active:
+            return True
+        if sequence.suspect or any(other.suspect for other in active):
+            return False
+        if len(active) >= self._limits.max_rows:
+            return False
+        return _slot_tokens([*active, sequence]) <= self._limits.slot_tokens
+
+    def _chunks(self, pending: list[Sequence]) -> tuple[Chunk, ...]:
+        """Share the budget: half to the first in service order, the rest to the shortest of its class."""
+        budget = self._budget_tokens()
+        first = pending[0]
+        others = sorted(pending[1:], key=lambda s: (s.priority_rank, s.prefill_target - s.prefilled))
+        share = {first: min(_remaining(first), budget if not others else (budget + 1) // 2)}
+        left = budget - share[first]
+        for sequence in others:
+            share[sequence] = min(_remaining(sequence), left)
+            left -= share[sequence]
+        share[first] += min(_remaining(first) - share[first], left)
+        return tuple(Chunk(s, s.prefilled, count) for s, count in share.items() if count > 0)
+
+    def _budget_tokens(self) -> int:
+        stall_s = max(self._limits.stall_s - self._debt_s, 0.0)
+        if not self.running:
+            stall_s = self._limits.stall_s * IDLE_STALL_FACTOR
+        return min(MAX_CHUNK_TOKENS, max(MIN_CHUNK_TOKENS, int(self._tokens_per_s * stall_s)))
+
+
+def _remaining(sequence: Sequence) -> int:
+    return sequence.prefill_target - sequence.prefilled
+
+
+def _slot_tokens(sequences: list[Sequence]) -> int:
+    """Rows x capacity of a working set that holds these sequences."""
+    if not sequences:
+        return 0
+    return row_bucket(len(sequences)) * capacity_bucket(max(sequence.length for sequence in sequences) + 1)

@@ -1,0 +1,357 @@
+"""The engine: one thread, one step at a time: land what the device did, launch the next thing, report meanwhile.
+
+    step = land (wait for the launched step, record its tokens) → retire (rows that ended) → launch (prefill chunk or
+    decode step, asynchronously) → report (text, stop strings, log-probabilities, while the device works)
+
+Never more than one launch is in flight, so arrays are free to be updated in place; the host's work on step k overlaps
+the device's on step k + 1. A row that a stop string ends has its one extra token thrown away.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from scheduler.errors import ContextLengthExceeded, EngineFailure, InvalidRequest, SpillwayError
+from scheduler.request import InferenceRequest, SamplingParams
+from scheduler.settings import Settings
+from scheduler.telemetry import get_logger
+from scheduler.tokens import ChoiceDelta
+from workers.backend import BackendEvent, JobDone, JobError, JobProgress
+from workers.engine import metal
+from workers.engine.batch_scheduler import BatchLimits, BatchScheduler, Chunk, Decode, Idle, Prefill
+from workers.engine.detokenizer import TextStream
+from workers.engine.engine_stats import EngineStats
+from workers.engine.lane import DecodeFlight, Lane
+from workers.engine.lane_choice import choose_lane
+from workers.engine.loader import LoadedModel
+from workers.engine.logprobs import LogprobReader
+from workers.engine.sequence import JobRun, Phase, PreparedJob, Sequence, SequenceLimits, build_run
+
+__all__ = ["Engine", "EngineConfig", "PreparedJob"]
+
+_log = get_logger(__name__)
+_WARM_PREFILL_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What an owner can set; see Settings."""
+
+    max_rows: int = 32
+    page_tokens: int = 32
+    kv_budget_bytes: int | None = None
+    prefill_stall_ms: int = 120
+    compile: bool = True
+
+    @staticmethod
+    def from_settings(settings: Settings) -> EngineConfig:
+        return EngineConfig(
+            max_rows=settings.max_rows,
+            page_tokens=settings.page_tokens,
+            kv_budget_bytes=settings.kv_budget_bytes,
+            prefill_stall_ms=settings.prefill_stall_ms,
+            compile=settings.compile,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _PrefillFlight:
+    chunks: tuple[Chunk, ...]
+    arrays: list[mx.array]
+    launched_s: float
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [chunk.sequence for chunk in self.chunks]
+
+
+@dataclass(frozen=True, slots=True)
+class _Landed:
+    """A decode step's result on the host: batch row, sequence and token of every row that still wants it."""
+
+    draws: list[tuple[int, Sequence, int]]
+    logprobs: LogprobReader | None
+
+
+class Engine:
+    """All methods on the engine thread."""
+
+    def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
+        self._loaded = loaded
+        self._limits = SequenceLimits(loaded.context_tokens, loaded.eos_ids)
+        self.lane: Lane = choose_lane(
+            loaded,
+            max_rows=config.max_rows,
+            page_tokens=config.page_tokens,
+            kv_budget_bytes=config.kv_budget_bytes,
+            compile_steps=config.compile,
+        )
+        self._scheduler = BatchScheduler(
+            BatchLimits(
+                max_rows=self.lane.max_rows,
+                slot_tokens=self.lane.slot_tokens,
+                stall_s=config.prefill_stall_ms / 1000,
+            )
+        )
+        self._runs: dict[tuple[str, int], JobRun] = {}
+        self._flight: DecodeFlight | _PrefillFlight | None = None
+        self._events: list[BackendEvent] = []
+        self._arrivals = 0
+        self._counted = EngineStats()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._events) or self._flight is not None or self._scheduler.has_work
+
+    @property
+    def max_rows(self) -> int:
+        return self.lane.max_rows
+
+    @property
+    def kv_budget_tokens(self) -> int:
+        return self.lane.slot_tokens
+
+    @property
+    def busy_rows(self) -> int:
+        return self._scheduler.busy_rows
+
+    @property
+    def free_rows(self) -> int:
+        return self._scheduler.free_rows
+
+    @property
+    def free_kv_tokens(self) -> int:
+        return self._scheduler.free_slot_tokens
+
+    @property
+    def waiting(self) -> int:
+        return len(self._scheduler.waiting)
+
+    def stats(self) -> dict[str, float]:
+        """Counters since start and present sizes, for metrics and the console."""
+        scheduler = {"rows": self.busy_rows, "waiting": self.waiting}
+        return {**self._counted.as_dict(), **scheduler, **self.lane.stats()}
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where pages, rows or lists do not balance."""
+        self.lane.check_integrity()
+        active = {id(sequence) for run in self._runs.values() for sequence in run.sequences if not sequence.closed}
+        listed = [*self._scheduler.waiting, *self._scheduler.prefilling, *self._scheduler.running]
+        assert {id(sequence) for sequence in listed if not sequence.closed} == active, "a sequence is lost or leaked"
+
+    def warm_up(self) -> None:
+        """Compile the usual shapes and learn the prefill speed; before traffic."""
+        self.lane.warm_up()
+        prompt = (0,) * min(_WARM_PREFILL_TOKENS, self._limits.context_tokens - 1)
+        job = PreparedJob("warm-up", 1, prompt, InferenceRequest(model=self._loaded.name, messages=()))
+        (blank,) = build_run(job, self._limits, 0, self._new_text).sequences
+        for _ in range(2):
+            self.lane.begin(blank)
+            started_s = time.perf_counter()
+            mx.eval(self.lane.prefill((Chunk(blank, 0, blank.prefill_target),)))
+            self._scheduler.observe_prefill(blank.prefill_target, time.perf_counter() - started_s)
+            self.lane.reset()
+
+    def add(self, job: PreparedJob) -> None:
+        """Take a job; what is wrong with it comes out of the next step as a JobError."""
+        self._arrivals += 1
+        try:
+            self._check(job)
+            run = build_run(job, self._limits, self._arrivals, self._new_text)
+        except SpillwayError as error:
+            self._events.append(JobError(job.job_id, job.attempt, error.code, error.message, error.param))
+            return
+        self._runs[job.job_id, job.attempt] = run
+        for sequence in run.sequences:
+            if not sequence.is_finished:
+                self._scheduler.add(sequence)
+        gains = [delta for sequence in run.sequences if (delta := sequence.take_delta()) is not None]
+        self._tell(run, gains)
+
+    def cancel(self, job_id: str, attempt: int) -> None:
+        """Free all that the job holds; no event of it follows. Unknown jobs are fine."""
+        run = self._runs.pop((job_id, attempt), None)
+        if run is not None:
+            self._drop(run)
+        self._events = [event for event in self._events if (event.job_id, event.attempt) != (job_id, attempt)]
+
+    def step(self) -> list[BackendEvent]:
+        """Advance by one launch; returns what became visible."""
+        landed: _Landed | None = None
+        try:
+            landed = self._land()
+            self._retire()
+            self._flight = self._launch()
+        except Exception as error:  # the isolation boundary: whatever a forward pass raises costs only its culprit
+            self._recover(error)
+        if landed is not None:
+            self._report(landed)
+        events, self._events = self._events, []
+        return events
+
+    def _land(self) -> _Landed | None:
+        """Wait for the launched step and record its tokens."""
+        flight = self._flight
+        match flight:
+            case None:
+                return None
+            case _PrefillFlight():
+                self._land_prefill(flight)
+                self._flight = None
+                return None
+            case DecodeFlight():
+                tokens = flight.land()
+                reader = None if flight.logprobs is None else LogprobReader(flight.logprobs, self._loaded.tokenizer)
+                self._flight = None
+        draws: list[tuple[int, Sequence, int]] = []
+        for row, sequence in flight.rows:
+            if sequence.phase is Phase.RUNNING and not sequence.is_finished:
+                sequence.record(tokens[row])
+                sequence.suspect = False
+                draws.append((row, sequence, tokens[row]))
+        self._counted.decoded(len(draws))
+        metal.tidy(self._counted.decode_steps)
+        return _Landed(draws, reader)
+
+    def _land_prefill(self, flight: _PrefillFlight) -> None:
+        mx.eval(flight.arrays)
+        tokens = sum(chunk.count for chunk in flight.chunks)
+        self._scheduler.observe_prefill(tokens, time.perf_counter() - flight.launched_s)
+        self._counted.prefilled(tokens)
+        for chunk in flight.chunks:
+            chunk.sequence.prefilled = chunk.start + chunk.count
+
+    def _retire(self) -> None:
+        """Free the rows of sequences that ended, then of those that no longer fit the budget."""
+        for sequence in [s for s in self._scheduler.running if s.is_finished]:
+            self._scheduler.remove(sequence)
+            self.lane.vacate(sequence)
+            sequence.phase = Phase.FINISHED
+        while (victim := self._scheduler.victim()) is not None:
+            self.lane.vacate(victim)
+            self._scheduler.send_back(victim)
+            self._counted.preemptions += 1
+
+    def _launch(self) -> DecodeFlight | _PrefillFlight | None:
+        for sequence in self._scheduler.admit():
+            self.lane.begin(sequence)
+            self._counted.cached_tokens += sequence.prefilled
+        self._seat_ready()
+        decision = self._scheduler.schedule()
+        match decision:
+            case Idle():
+                return None
+            case Decode():
+                return self.lane.decode()
+            case Prefill(chunks):
+                flight = _PrefillFlight(chunks, [], time.perf_counter())
+                self._flight = flight  # names the suspects, should the launch itself fail
+                flight.arrays.extend(self.lane.prefill(chunks))
+                return flight
+
+    def _seat_ready(self) -> None:
+        ready = [s for s in self._scheduler.prefilling if s.prefilled >= s.prefill_target]
+        if ready:
+            self.lane.seat(ready)
+            for sequence in ready:
+                self._scheduler.promote(sequence)
+
+    def _report(self, landed: _Landed) -> None:
+        """Text and stop strings of the landed step; a row whose text fails takes only its own job down."""
+        gains: dict[tuple[str, int], list[ChoiceDelta]] = {}
+        for row, sequence, token in landed.draws:
+            key = (sequence.job_id, sequence.attempt)
+            if key not in self._runs:
+                continue
+            try:
+                delta = self._delta(landed.logprobs, row, sequence, token)
+            except Exception as error:  # one row's tokenizer or text trouble is that row's
+                self._fail(self._runs[key], error)
+                continue
+            if delta is not None:
+                gains.setdefault(key, []).append(delta)
+        for key, deltas in gains.items():
+            if key in self._runs:
+                self._tell(self._runs[key], deltas)
+
+    def _delta(self, reader: LogprobReader | None, row: int, sequence: Sequence, token: int) -> ChoiceDelta | None:
+        if reader is None or not sequence.params.logprobs or sequence.finish_reason == "stop":
+            return sequence.take_delta()
+        return sequence.take_delta((reader.read(row, token, sequence.params.top_logprobs),))
+
+    def _tell(self, run: JobRun, gains: list[ChoiceDelta]) -> None:
+        if gains:
+            self._events.append(JobProgress(run.job_id, run.attempt, tuple(gains)))
+        if run.is_done:
+            self._events.append(JobDone(run.job_id, run.attempt, run.usage))
+            del self._runs[run.job_id, run.attempt]
+            self._counted.jobs_done += 1
+
+    def _recover(self, error: Exception) -> None:
+        """A launch or its result failed: a lone suspect fails, several are retried one by one, the rest start over."""
+        flight, self._flight = self._flight, None
+        suspects = _sequences_of(flight) or [*self._scheduler.prefilling, *self._scheduler.running]
+        suspects = [sequence for sequence in suspects if not sequence.is_finished]
+        _log.warning("a step failed", error=repr(error), rows=len(suspects))
+        self._counted.failed_steps += 1
+        for sequence in [*self._scheduler.prefilling, *self._scheduler.running]:
+            if sequence.is_finished:
+                self._scheduler.remove(sequence)
+                sequence.phase = Phase.FINISHED
+            else:
+                self._scheduler.send_back(sequence)
+        self.lane.reset()
+        for sequence in suspects:
+            sequence.suspect = True
+        if len(suspects) == 1:
+            self._fail(self._runs[suspects[0].job_id, suspects[0].attempt], error)
+
+    def _fail(self, run: JobRun, error: Exception) -> None:
+        _log.error("a job failed in the engine", job=run.job_id, error=repr(error))
+        failure = EngineFailure(f"The engine failed on this request: {type(error).__name__}: {error}")
+        self._runs.pop((run.job_id, run.attempt), None)
+        self._drop(run)
+        self._counted.jobs_failed += 1
+        self._events.append(JobError(run.job_id, run.attempt, failure.code, failure.message))
+
+    def _drop(self, run: JobRun) -> None:
+        for sequence in run.sequences:
+            if sequence.phase is not Phase.FINISHED:
+                self._scheduler.remove(sequence)
+                self.lane.vacate(sequence)
+                sequence.phase = Phase.FINISHED
+
+    def _new_text(self, params: SamplingParams) -> TextStream:
+        return TextStream(self._loaded.tokenizer, params.stop, params.include_stop)
+
+    def _check(self, job: PreparedJob) -> None:
+        """Refuse what would read outside the model's tables or could never produce a token."""
+        vocab, context = self._loaded.vocab_size, self._limits.context_tokens
+        if not job.prompt_ids:
+            raise InvalidRequest("The prompt has no tokens.", param="messages")
+        if len(job.prompt_ids) >= context:
+            raise ContextLengthExceeded(
+                f"The prompt has {len(job.prompt_ids)} tokens; the model's context is {context}.", param="messages"
+            )
+        if not _all_within(job.prompt_ids, vocab):
+            raise InvalidRequest(f"A prompt token is outside the vocabulary of {vocab}.", param="messages")
+        if not _all_within(job.request.sampling.logit_bias, vocab):
+            raise InvalidRequest(f"A logit_bias token is outside the vocabulary of {vocab}.", param="logit_bias")
+
+
+def _sequences_of(flight: DecodeFlight | _PrefillFlight | None) -> list[Sequence]:
+    match flight:
+        case None:
+            return []
+        case DecodeFlight():
+            return [s for _, s in flight.rows if s.phase is Phase.RUNNING and not s.is_finished]
+        case _PrefillFlight():
+            return [s for s in flight.sequences if s.phase is Phase.PREFILL]
+
+
+def _all_within(tokens: Iterable[int], vocab_size: int) -> bool:
+    return all(0 <= token < vocab_size for token in tokens)

@@ -1,0 +1,75 @@
+"""What the engine asks of a lane, the thing that holds KV and runs forward passes for its sequences.
+
+    begin → prefill* → seat → decode* → vacate        reset: after a failed step, everything is given up
+
+Two lanes: slot_lane batches models whose caches are plain KV; sequential_lane runs any other model, one row at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+from workers.engine.batch_scheduler import Chunk
+from workers.engine.logprobs import LogprobFlight
+from workers.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeFlight:
+    """A decode step that the device works on: who sits in which row, and the arrays to wait for."""
+
+    rows: tuple[tuple[int, Sequence], ...]
+    tokens: mx.array
+    logprobs: LogprobFlight | None
+    others: tuple[mx.array, ...] = ()
+
+    def land(self) -> list[int]:
+        """Wait for the step; the drawn token of every row."""
+        logprobs = [] if self.logprobs is None else self.logprobs.arrays
+        mx.eval(self.tokens, *logprobs, *self.others)
+        return self.tokens.tolist()  # pyright: ignore[reportReturnType]
+
+
+class Lane(Protocol):
+    """Engine thread only."""
+
+    max_rows: int
+    slot_tokens: int
+
+    def warm_up(self) -> None:
+        """Compile the usual shapes before traffic."""
+        ...
+
+    def begin(self, sequence: Sequence) -> None:
+        """Get ready to prefill; sets `prefilled` and `cached_tokens` from what is already known."""
+        ...
+
+    def prefill(self, chunks: Items[Chunk]) -> list[mx.array]:
+        """Launch the chunks; returns the arrays to wait for."""
+        ...
+
+    def seat(self, sequences: Items[Sequence]) -> None:
+        """Give rows to sequences whose prefill is done."""
+        ...
+
+    def decode(self) -> DecodeFlight:
+        """Launch one step for all seated sequences."""
+        ...
+
+    def vacate(self, sequence: Sequence) -> None:
+        """Give up all that the sequence holds; what others can use of its KV is kept."""
+        ...
+
+    def reset(self) -> None:
+        """Give up all sequences and everything cached."""
+        ...
+
+    def stats(self) -> dict[str, float]: ...
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where the books do not balance."""
+        ...

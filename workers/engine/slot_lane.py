@@ -1,0 +1,233 @@
+"""The batching lane: slots for the running rows, pages for everything worth keeping, a prefix cache over the pages.
+
+A sequence's prompt is staged in arrays of its own, copied into a row when it is complete, and written to pages; its
+answer is written to pages when it leaves. So the next turn of a conversation, a taken over or preempted sequence and
+the other choices of the same job find most of their KV. Engine thread only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from workers.engine.batch_scheduler import Chunk, capacity_bucket, row_bucket
+from workers.engine.lane import DecodeFlight
+from workers.engine.logprobs import LogprobFlight, launch_logprobs
+from workers.engine.model_runner import ModelRunner
+from workers.engine.page_store import PageStore
+from workers.engine.page_table import PageTable
+from workers.engine.prefix_cache import PrefixCache
+from workers.engine.sampler import Sampling, Variant, build_sampling
+from workers.engine.sequence import Sequence
+from workers.engine.slot_cache import LayerShape, SlotCache, zeros
+
+_SHRINK_AFTER_STEPS = 8
+_PREFILL_GROUP_ROWS = 8
+_WARM_CAPACITIES = 2
+_WARM_VARIANTS = (Variant(), Variant(draws=True), Variant(draws=True, filters=True))
+
+
+@dataclass(frozen=True, slots=True)
+class LaneSizes:
+    """Sizes fixed at start-up; pages and slot_tokens share the KV budget."""
+
+    max_rows: int
+    slot_tokens: int
+    pages: int
+    page_tokens: int
+    vocab_size: int
+
+
+@dataclass(slots=True)
+class _DeviceRows:
+    """Inputs of the next step for the present composition of the batch; fed by each step's outputs."""
+
+    tokens: mx.array
+    offsets: mx.array
+    live: mx.array
+    sampling: Sampling
+
+
+class SlotLane:
+    def __init__(self, runner: ModelRunner, shapes: Items[LayerShape], sizes: LaneSizes, salt: str) -> None:
+        self._runner = runner
+        self._shapes = tuple(shapes)
+        self._sizes = sizes
+        self._salt = salt
+        self.max_rows = sizes.max_rows
+        self.slot_tokens = sizes.slot_tokens
+        self._slots = SlotCache(self._shapes)
+        self._store = PageStore(self._shapes, sizes.pages, sizes.page_tokens)
+        self._new_books()
+
+    def _new_books(self) -> None:
+        self.page_table = PageTable(self._sizes.pages)
+        self.prefix_cache = PrefixCache(self.page_table, self._sizes.page_tokens, self._salt)
+        self._staged: dict[Sequence, list[mx.array]] = {}
+        self._rows: list[Sequence | None] = []
+        self._device: _DeviceRows | None = None
+        self._slack_steps = 0
+        self._written = False
+
+    def warm_up(self) -> None:
+        rows = 1
+        while rows <= row_bucket(self.max_rows):
+            for exponent in range(_WARM_CAPACITIES):
+                for variant in _WARM_VARIANTS:
+                    self._warm_step(rows, capacity_bucket(1) << exponent, variant)
+            rows *= 2
+        self.reset()
+
+    def begin(self, sequence: Sequence) -> None:
+        tokens = sequence.tokens
+        # The last token is never taken from the cache: its logits are what the next step is about.
+        pages = self.prefix_cache.match(tokens[: sequence.prefill_target])
+        sequence.block_table = pages
+        sequence.prefilled = len(pages) * self._sizes.page_tokens
+        sequence.cached_tokens = max(sequence.cached_tokens, sequence.prefilled)
+        staged = zeros(self._shapes, 1, capacity_bucket(sequence.length + 1))
+        if pages:
+            for at, known in enumerate(self._store.gather(pages)):
+                staged[at][:, :, : sequence.prefilled] = known
+        self._staged[sequence] = staged
+
+    def prefill(self, chunks: Items[Chunk]) -> list[mx.array]:
+        groups: dict[tuple[int, int, int], list[Chunk]] = {}
+        for chunk in chunks:
+            capacity = self._staged[chunk.sequence][0].shape[2]
+            groups.setdefault((chunk.start, capacity, row_bucket(chunk.count)), []).append(chunk)
+        arrays: list[mx.array] = []
+        for group in groups.values():
+            for at in range(0, len(group), _PREFILL_GROUP_ROWS):
+                arrays.extend(self._prefill_together(group[at : at + _PREFILL_GROUP_ROWS]))
+        mx.async_eval(arrays)
+        return arrays
+
+    def seat(self, sequences: Items[Sequence]) -> None:
+        for sequence in sequences:
+            self._write_pages(sequence, self._staged[sequence], 0, sequence.prefill_target)
+        self._fit_shape(sequences)
+        for sequence in sequences:
+            row = self._rows.index(None)
+            self._rows[row] = sequence
+            self._slots.put_row(row, self._staged.pop(sequence))
+        self._device = None
+
+    def decode(self) -> DecodeFlight:
+        self._fit_shape(())
+        if self._written:
+            # Pages are copied out of the slots before the step: a read in flight would force it to copy all slots.
+            mx.eval(self._store.slabs)
+            self._written = False
+        device = self._device_rows()
+        out = self._runner.decode(device.tokens, device.offsets, device.live, self._slots.arrays, device.sampling)
+        self._slots.arrays = out.arrays
+        device.tokens, device.offsets, device.sampling.edit = out.tokens, out.offsets, out.edit
+        rows = tuple((row, sequence) for row, sequence in enumerate(self._rows) if sequence is not None)
+        logprobs = _ask_logprobs(rows, out.logits, out.tokens)
+        mx.async_eval(out.tokens, out.offsets, out.arrays, out.edit, [] if logprobs is None else logprobs.arrays)
+        return DecodeFlight(rows, out.tokens, logprobs)
+
+    def vacate(self, sequence: Sequence) -> None:
+        self._staged.pop(sequence, None)
+        if sequence in self._rows:
+            row = self._rows.index(sequence)
+            known = len(sequence.block_table) * self._sizes.page_tokens
+            valid = sequence.length - 1
+            self._write_pages(sequence, self._slots.row_tokens(row, known, valid), known, valid)
+            self._rows[row] = None
+            self._device = None
+        self.page_table.release(sequence.block_table)
+        sequence.block_table = []
+
+    def reset(self) -> None:
+        for sequence in [*self._staged, *(row for row in self._rows if row is not None)]:
+            sequence.block_table = []
+        self._slots.clear()
+        self._store.clear()
+        self._new_books()
+
+    def stats(self) -> dict[str, float]:
+        return {
+            "pages_used": self.page_table.used,
+            "pages_free": self.page_table.free,
+            "pages_cached": len(self.prefix_cache),
+            "slot_rows": self._slots.rows,
+            "slot_capacity": self._slots.capacity,
+            "kv_bytes": self._slots.nbytes + self._store.nbytes,
+        }
+
+    def check_integrity(self) -> None:
+        seated = [row.block_table for row in self._rows if row is not None]
+        staged = [sequence.block_table for sequence in self._staged]
+        self.page_table.check_integrity([self.prefix_cache.cached_pages(), *seated, *staged])
+        self.prefix_cache.check_integrity()
+
+    def _prefill_together(self, group: list[Chunk]) -> list[mx.array]:
+        """One forward pass for chunks that start at the same column of equally long staging arrays."""
+        staged = [self._staged[chunk.sequence] for chunk in group]
+        arrays = staged[0] if len(group) == 1 else [mx.concatenate(list(parts)) for parts in zip(*staged, strict=True)]
+        tokens = [chunk.sequence.tokens[chunk.start : chunk.start + chunk.count] for chunk in group]
+        arrays = self._runner.prefill(arrays, tokens, group[0].start)
+        for row, chunk in enumerate(group):
+            self._staged[chunk.sequence] = [array[row : row + 1] for array in arrays]
+        return arrays
+
+    def _write_pages(self, sequence: Sequence, rows: Items[mx.array], first: int, valid: int) -> None:
+        """Write the full pages that the block table lacks from `rows`, which start at token `first`."""
+        size = self._sizes.page_tokens
+        known = len(sequence.block_table)
+        pages = self.prefix_cache.allocate(max(0, valid // size - known))
+        if pages:
+            start, stop = known * size - first, (known + len(pages)) * size - first
+            self._store.write(pages, [row[:, :, start:stop] for row in rows])
+            sequence.block_table.extend(pages)
+            self._written = True
+        self.prefix_cache.insert(sequence.tokens, sequence.block_table)
+
+    def _fit_shape(self, joining: Items[Sequence]) -> None:
+        """Grow the working set at once when it must, shrink it when it has been too large for a while."""
+        seated = [row for row in self._rows if row is not None]
+        everyone = [*seated, *joining]
+        rows, capacity = row_bucket(len(everyone)), capacity_bucket(max(s.length for s in everyone))
+        if rows > self._slots.rows or capacity > self._slots.capacity:
+            rows, capacity = max(rows, self._slots.rows), max(capacity, self._slots.capacity)
+        elif (rows, capacity) == (self._slots.rows, self._slots.capacity):
+            self._slack_steps = 0
+            return
+        else:
+            self._slack_steps += 1
+            if joining or self._slack_steps < _SHRINK_AFTER_STEPS:
+                return
+        self._slack_steps = 0
+        keep = [row for row, sequence in enumerate(self._rows) if sequence is not None]
+        self._slots.reshape(rows, capacity, keep)
+        self._rows = [*seated, *[None] * (rows - len(seated))]
+        self._device = None
+
+    def _device_rows(self) -> _DeviceRows:
+        if self._device is None:
+            inputs = np.zeros((3, len(self._rows)), np.int32)
+            for row, sequence in enumerate(self._rows):
+                if sequence is not None:
+                    last = sequence.emitted[-1] if sequence.emitted else sequence.prompt_ids[-1]
+                    inputs[:, row] = (last, sequence.length - 1, 1)
+            tokens, offsets, live = (mx.array(values) for values in inputs)
+            self._device = _DeviceRows(tokens, offsets, live, build_sampling(self._rows, self._sizes.vocab_size))
+        return self._device
+
+    def _warm_step(self, rows: int, capacity: int, variant: Variant) -> None:
+        blank = mx.zeros(rows, mx.int32)
+        sampling = build_sampling([None] * rows, self._sizes.vocab_size, variant)
+        out = self._runner.decode(blank, blank, blank, zeros(self._shapes, rows, capacity), sampling)
+        mx.eval(out.tokens, out.arrays)
+
+
+def _ask_logprobs(rows: Items[tuple[int, Sequence]], logits: mx.array, tokens: mx.array) -> LogprobFlight | None:
+    asking = [(row, sequence.params.top_logprobs) for row, sequence in rows if sequence.params.logprobs]
+    if not asking:
+        return None
+    return launch_logprobs(logits, tokens, [row for row, _ in asking], max(1, *(top for _, top in asking)))
