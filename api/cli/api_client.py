@@ -1,0 +1,98 @@
+"""The running service as the commands see it: where it is, what it answers, and its errors as one line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
+
+from api.cli.event_stream import ServerEvent, read_events
+from api.cli.home_lock import holder
+from api.cli.preflight import address_of, is_loopback
+from scheduler.errors import SpillwayError, from_code
+from scheduler.settings import Settings
+
+# Until the first byte the server may load, queue and prefill; it sends a keep-alive comment every 15 s.
+_SILENCE_S = 60.0
+
+
+class NotReachable(SpillwayError):
+    """Nothing answers at the address."""
+
+    code = "not_reachable"
+
+
+class ApiClient:
+    """Blocking calls, one at a time. Every failure is a SpillwayError."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.url = service_url(settings)
+        headers = {} if settings.api_key is None else {"authorization": f"Bearer {settings.api_key}"}
+        own_machine = is_loopback(urlsplit(self.url).hostname or "")
+        timeout = httpx2.Timeout(10.0, read=_SILENCE_S)
+        self._http = httpx2.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=not own_machine)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def get(self, path: str) -> Any:
+        return self._json("GET", path)
+
+    def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        return self._json("POST", path, body)
+
+    @contextlib.contextmanager
+    def stream(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, headers: Mapping[str, str] | None = None
+    ) -> Iterator[Iterator[ServerEvent]]:
+        """The events of a streamed answer; leaving the block closes the connection, which cancels the work."""
+        with self._translated(), self._http.stream(method, path, json=body, headers=headers) as answer:
+            if answer.status_code != httpx2.codes.OK:
+                answer.read()
+                raise _error(answer)
+            yield read_events(answer.iter_lines())
+
+    def _json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        with self._translated():
+            answer = self._http.request(method, path, json=body)
+        if answer.status_code >= httpx2.codes.BAD_REQUEST:
+            raise _error(answer)
+        return answer.json()
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx2.ConnectError:
+            raise NotReachable(f"Nothing answers at {self.url}. Start it with `spillway up`, or give --url.") from None
+        except httpx2.TimeoutException:
+            raise NotReachable(f"{self.url} did not answer in time.") from None
+        except httpx2.TransportError as error:
+            raise NotReachable(f"The connection to {self.url} broke: {error}.") from error
+        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+            raise NotReachable(f"{self.url} is not an address like http://127.0.0.1:8000.") from error
+
+
+def service_url(settings: Settings) -> str:
+    """--url or SPILLWAY_URL, else the service running on this home, else where it would run. Without a path."""
+    if settings.url is not None:
+        return settings.url.rstrip("/").removesuffix("/v1")
+    running = holder(settings.home)
+    return running.address if running is not None else address_of(settings.host, settings.port)
+
+
+def _error(answer: httpx2.Response) -> SpillwayError:
+    try:
+        said = json.loads(answer.content)["error"]
+        code, message = str(said.get("code") or "internal_error"), str(said["message"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return NotReachable(
+            f"The server answered {answer.status_code} {answer.reason_phrase}, and not as Spillway does."
+        )
+    if answer.status_code == httpx2.codes.UNAUTHORIZED:
+        message += " Give --api-key or set SPILLWAY_API_KEY."
+    return from_code(code, message)

@@ -1,0 +1,40 @@
+"""The options that several commands share, and how they become settings: an option beats the environment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from scheduler.settings import Settings, load_settings
+
+Home = Annotated[
+    Path | None, typer.Option(help="Where state lives.  [default: $SPILLWAY_HOME or ~/.spillway]", show_default=False)
+]
+Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the API.  [default: 8000]")]
+Host = Annotated[str | None, typer.Option(help="Address that the API listens on.  [default: 127.0.0.1]")]
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error"] | None, typer.Option(help="How much is logged.  [default: info]")
+]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        metavar="REF",
+        help="demo, a directory, or a Hugging Face repo id; repeat for more, the first is `default`.",
+        show_default=False,
+    ),
+]
+Model = Annotated[str, typer.Option(metavar="NAME", help="A name that `spillway models` shows.")]
+Url = Annotated[
+    str | None,
+    typer.Option(help="Where Spillway answers.  [default: the one running on this home]", show_default=False),
+]
+ApiKey = Annotated[str | None, typer.Option(help="A key, where one is needed.  [default: $SPILLWAY_API_KEY]")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def settings_with(**options: str | int | Path | None) -> Settings:
+    """The settings of this process; an option that was not given leaves the environment's value."""
+    return load_settings(**{name: value for name, value in options.items() if value is not None})

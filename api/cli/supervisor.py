@@ -1,0 +1,147 @@
+"""Keeps the processes of `spillway up` running, and ends them in order.
+
+    start ──all at once──► keep (restart what ends, later each time) ──stop──► drain: api, then workers, then scheduler
+
+Until the service was ready, a child that cannot start ends the whole start with the child's own reason. Everything
+happens on the event loop of `up`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+from api.cli.child import Child, ProcessSpec
+from api.cli.log_relay import LogRelay
+from api.cli.restarts import RestartState, gives_up
+from scheduler.errors import StartupError
+from scheduler.telemetry import get_logger
+
+HURRY_S = 2.0
+_OUTPUT_WAIT_S = 2.0
+
+log = get_logger(__name__)
+
+
+class Supervisor:
+    """The children of one `up`. `on_change` is called after every start."""
+
+    def __init__(
+        self,
+        specs: Sequence[ProcessSpec],
+        environment: Mapping[str, str],
+        relay: LogRelay,
+        *,
+        stage_grace_s: float,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._specs = tuple(specs)
+        self._environment = environment
+        self._relay = relay
+        self._stage_grace_s = stage_grace_s
+        self._on_change = on_change
+        self._outputs: dict[str, asyncio.Task[None]] = {}
+        self._starting: set[asyncio.Task[None]] = set()
+        self.children: dict[str, Child] = {}
+        self.history: dict[str, RestartState] = {spec.name: RestartState() for spec in self._specs}
+        self.was_ready = False
+
+    async def run(self, when_started: Callable[[], Awaitable[None]], stop: asyncio.Event, hurry: asyncio.Event) -> None:
+        """Run everything until `stop`, then drain; raises StartupError where a child cannot start."""
+        self._parent_pipe, holding = os.pipe()
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                try:
+                    failure = await self._keep_all(when_started, stop)
+                finally:
+                    await self._drain(hurry)
+        finally:
+            os.close(holding)
+            os.close(self._parent_pipe)
+        if failure is not None:
+            raise failure
+
+    async def _keep_all(self, when_started: Callable[[], Awaitable[None]], stop: asyncio.Event) -> StartupError | None:
+        failure: BaseException | None = None
+        try:
+            async with asyncio.TaskGroup() as keepers:
+                tasks = [keepers.create_task(self._keep(spec)) for spec in self._specs]
+                tasks.append(keepers.create_task(_run(when_started)))
+                await stop.wait()
+                for task in tasks:
+                    task.cancel()
+        except* StartupError as group:
+            failure = group.exceptions[0]
+        return failure if isinstance(failure, StartupError) else None
+
+    async def _keep(self, spec: ProcessSpec) -> None:
+        while True:
+            child = await self._start(spec)
+            status = await child.wait()
+            await child.kill_group()
+            await self._last_output(spec.name)
+            state = self.history[spec.name] = self.history[spec.name].after_exit(child.ran_s)
+            words = self._relay.last_words(spec.name)
+            if gives_up(state, was_ready=self.was_ready, says_final=words.cannot_start is not None):
+                raise StartupError(words.reason or f"{spec.name} ended at once with status {status}.")
+            log.warning(
+                "a process ended and is started again",
+                child=spec.name,
+                status=status,
+                restarts=state.restarts,
+                delay_s=state.delay_s,
+            )
+            await asyncio.sleep(state.delay_s)
+
+    async def _start(self, spec: ProcessSpec) -> Child:
+        # A start that is cancelled half-way would leave a process that nobody knows of.
+        task = self._tasks.create_task(self._spawn(spec))
+        self._starting.add(task)
+        task.add_done_callback(self._starting.discard)
+        await asyncio.shield(task)
+        return self.children[spec.name]
+
+    async def _spawn(self, spec: ProcessSpec) -> None:
+        self._relay.forget_words(spec.name)
+        child = await Child.spawn(spec, self._environment, self._parent_pipe)
+        self.children[spec.name] = child
+        take = lambda text: self._relay.line(spec.name, text)  # noqa: E731
+        self._outputs[spec.name] = self._tasks.create_task(child.relay_output(take))
+        self._on_change()
+
+    async def _last_output(self, name: str) -> None:
+        await asyncio.wait([self._outputs[name]], timeout=_OUTPUT_WAIT_S)
+
+    async def _drain(self, hurry: asyncio.Event) -> None:
+        if self._starting:
+            await asyncio.wait(set(self._starting))
+        for stage in sorted({spec.stage for spec in self._specs}):
+            names = [spec.name for spec in self._specs if spec.stage == stage and spec.name in self.children]
+            async with asyncio.TaskGroup() as enders:
+                for name in names:
+                    enders.create_task(self._end(name, hurry))
+
+    async def _end(self, name: str, hurry: asyncio.Event) -> None:
+        child = self.children[name]
+        child.terminate()
+        if not await _ended_unless(child, self._stage_grace_s, hurry) and not await child.ended_within(HURRY_S):
+            log.warning("a process did not end in time and is killed", child=name)
+        await child.kill_group()
+        await self._last_output(name)
+        self._outputs[name].cancel()
+
+
+async def _run(action: Callable[[], Awaitable[None]]) -> None:
+    await action()
+
+
+async def _ended_unless(child: Child, grace_s: float, hurry: asyncio.Event) -> bool:
+    """Wait for the end of the child, `grace_s` or until somebody is in a hurry; whether it ended."""
+    waits = {asyncio.ensure_future(child.wait()), asyncio.ensure_future(hurry.wait())}
+    try:
+        await asyncio.wait(waits, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+    return not child.is_running
