@@ -56,6 +56,9 @@ class Settings(BaseSettings):
     allow_download: bool = True
     drain_s: float = Field(default=10.0, ge=0)
 
+    # Set by `spillway up` for its children: the reading end of a pipe that closes when `up` is gone
+    parent_pipe: int | None = Field(default=None, ge=0)
+
     # Commands that talk to a running service
     url: str | None = None
     api_key: str | None = Field(default=None, repr=False)
@@ -72,6 +75,11 @@ class Settings(BaseSettings):
     def model_refs(self) -> tuple[str, ...]:
         """The model references to serve, first one is the default."""
         return tuple(ref.strip() for ref in self.models.split(",") if ref.strip())
+
+    def as_environment(self) -> dict[str, str]:
+        """The variables that give a child process these settings."""
+        chosen = {name: getattr(self, name) for name in self.model_fields_set}
+        return {f"SPILLWAY_{name.upper()}": str(value) for name, value in chosen.items() if value is not None}
 
     @property
     def sql_url(self) -> str:

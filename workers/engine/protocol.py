@@ -53,7 +53,10 @@ class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):
-    """What one step brought, and the engine's room after it. Sent without events every 500 ms as a sign of life."""
+    """What one step brought, and the engine's room after it. Sent without events every 500 ms as a sign of life.
+
+    `accepted` counts the Submit frames that `free_rows` and `free_kv_tokens` already allow for.
+    """
 
     events: tuple[BackendEvent, ...]
     busy_rows: int
@@ -62,6 +65,7 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
     waiting: int = 0
     step_count: int = 0
     stats: dict[str, float] = {}
+    accepted: int = 0
 
 
 FromEngine = Loading | Ready | LoadFailed | Step

@@ -1,0 +1,272 @@
+"""One life of a worker: from the first claim under an id until it drains, loses its lease or loses its backend.
+
+Loops, one task each: claim (takes jobs that fit), pump (backend events into the outbox), deliver (outbox into Redis,
+which is also the heartbeat and brings cancels and fences), publish (the fleet registry). Redis being away stops none
+of them: jobs go on in the backend, and if the lease is lost meanwhile, the fence says so with the next emit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import os
+import secrets
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from scheduler.errors import QueueUnavailable
+from scheduler.job import ClaimedJob
+from scheduler.lifecycle import Lifecycle
+from scheduler.model_card import ModelCard
+from scheduler.queue.fleet import Fleet, WorkerView
+from scheduler.settings import Settings
+from scheduler.telemetry import get_logger, log_context
+from workers.backend import Backend, BackendDied, JobDone, JobError
+from workers.outbox import Outbox, as_progress
+from workers.shutdown import Shutdown, any_set
+
+_log = get_logger(__name__)
+_T = TypeVar("_T")
+
+_PUBLISH_EVERY_S = 1.0
+_LOOK_AGAIN_S = 1.0
+_FIRST_RETRY_S, _LONGEST_RETRY_S = 0.05, 1.0
+_DRAIN_LOOK_S = 0.05
+
+
+class Ending(enum.Enum):
+    DRAINED = "drained"
+    LEASE_LOST = "lease lost"
+    BACKEND_DIED = "backend died"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerParts:
+    """What every incarnation of a worker works with. `work_rang` is set when there may be work to claim."""
+
+    backend: Backend
+    lifecycle: Lifecycle
+    fleet: Fleet
+    settings: Settings
+    shutdown: Shutdown
+    work_rang: asyncio.Event
+    wants_work: asyncio.Event
+
+
+class Incarnation:
+    """`run` once; the id is never used again, so that nothing of this life can be taken for a later one."""
+
+    def __init__(self, parts: WorkerParts, card: ModelCard) -> None:
+        self._parts = parts
+        self._card = card
+        self._pool = card.id
+        self._started_ms = int(time.time() * 1000)
+        self.id = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._outbox = Outbox()
+        self._news = asyncio.Event()
+        self._over = asyncio.Event()
+        self._ending = Ending.DRAINED
+        self._heartbeat_s = parts.settings.lease_ttl_ms / 3000
+
+    async def run(self) -> Ending:
+        """Work until an Ending; afterwards nothing of this incarnation is left in Redis."""
+        with log_context(worker=self.id):
+            async with asyncio.TaskGroup() as group:
+                pump = group.create_task(self._pump())
+                for loop in (self._claim_loop, self._deliver_loop, self._publish_loop):
+                    group.create_task(loop())
+                await self._until_over()
+                self._end(self._ending)
+                pump.cancel()
+            await self._leave()
+        return self._ending
+
+    async def _claim_loop(self) -> None:
+        while not self._over.is_set() and not self._parts.shutdown.draining.is_set():
+            self._parts.work_rang.clear()
+            room = self._parts.backend.capacity()
+            claimed: list[ClaimedJob] = []
+            if room.rows > 0:
+                claimed = await self._persist(lambda room=room: self._claim(room.rows, room.kv_tokens)) or []
+            for job in claimed:
+                await self._begin(job)
+            if not claimed:
+                await self._wait_for_work(room.rows > 0)
+
+    async def _claim(self, rows: int, kv_tokens: int) -> list[ClaimedJob]:
+        return await self._parts.lifecycle.claim(self.id, self._pool, rows, self._card.max_rows, kv_tokens)
+
+    async def _wait_for_work(self, has_room: bool) -> None:
+        """Until the bell rings, room comes free or a while has passed. Only who has room listens to the bell."""
+        if has_room:
+            self._parts.wants_work.set()
+        await any_set(self._parts.work_rang, self._over, self._parts.shutdown.draining, timeout_s=_LOOK_AGAIN_S)
+        self._parts.wants_work.clear()
+
+    async def _begin(self, job: ClaimedJob) -> None:
+        visible = await self._persist(lambda: self._parts.lifecycle.progress(job.id)) if job.attempt > 1 else ()
+        if visible is None:  # over before Redis answered: the lease decides who goes on with the job
+            return
+        with log_context(job=job.id):
+            _log.debug("job begins", attempt=job.attempt, tokens_before=sum(len(one.token_ids) for one in visible))
+        self._outbox.hold(job)
+        await self._parts.backend.submit(job, as_progress(visible))
+
+    async def _pump(self) -> None:
+        try:
+            while True:
+                for event in await self._parts.backend.events():
+                    self._outbox.take_in(event)
+                self._news.set()
+        except BackendDied as death:
+            _log.error("backend died", reason=str(death), jobs=len(self._outbox))
+            self._end(Ending.BACKEND_DIED)
+            await self._give_up_jobs()
+
+    async def _deliver_loop(self) -> None:
+        while not self._over.is_set():
+            await self._wait_for_news()
+            if not self._over.is_set():
+                await self._persist(self._deliver)
+
+    async def _wait_for_news(self) -> None:
+        """Until there is something to say, or it is time for a heartbeat."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._heartbeat_s):
+                await self._news.wait()
+        self._news.clear()
+
+    async def _deliver(self) -> None:
+        """One round trip for everything that waits, then the ends of jobs that said all they had."""
+        result = await self._parts.lifecycle.emit(self.id, self._outbox.batch())
+        self._outbox.confirm()
+        if result.lease_lost:
+            _log.warning("lease lost; its jobs went to other workers", jobs=len(self._outbox))
+            for job in self._outbox.jobs:
+                await self._drop(job)
+            self._end(Ending.LEASE_LOST)
+            return
+        for job_id in result.fenced:
+            job = self._outbox.get(job_id)
+            if job is not None:
+                await self._drop(job)
+        for job_id in result.cancelled:
+            await self._cancel(job_id)
+        for job, end in self._outbox.ended():
+            await self._finish(job, end)
+
+    async def _cancel(self, job_id: str) -> None:
+        job = self._outbox.get(job_id)
+        if job is None:
+            return
+        await self._parts.backend.cancel(job.id, job.attempt)
+        await self._parts.lifecycle.cancelled(self.id, job)
+        await self._drop(job)
+
+    async def _finish(self, job: ClaimedJob, end: JobDone | JobError) -> None:
+        lifecycle = self._parts.lifecycle
+        match end:
+            case JobDone():
+                await lifecycle.complete(self.id, job, end.usage)
+            case JobError():
+                with log_context(job=job.id):
+                    _log.info("job failed", code=end.code, reason=end.message, attempt=job.attempt)
+                await lifecycle.fail(self.id, job, end.code, end.message, end.param)
+        self._outbox.drop(job.id)
+        self._parts.work_rang.set()
+
+    async def _drop(self, job: ClaimedJob) -> None:
+        """Stop computing a job and forget it; its rows are free for other work."""
+        self._outbox.drop(job.id)
+        await self._parts.backend.cancel(job.id, job.attempt)
+        self._parts.work_rang.set()
+
+    async def _publish_loop(self) -> None:
+        failing = False
+        while not self._over.is_set():
+            try:
+                await self._parts.fleet.publish(self._view(), self._card)
+                failing = False
+            except QueueUnavailable as error:
+                if not failing:
+                    _log.warning("cannot publish to the fleet; trying on", reason=error.message)
+                failing = True
+            await any_set(self._over, timeout_s=_PUBLISH_EVERY_S)
+
+    def _view(self) -> WorkerView:
+        status = self._parts.backend.status()
+        return WorkerView(
+            id=self.id,
+            pid=status.pid,
+            engine_pid=status.engine_pid,
+            host=socket.gethostname(),
+            kind=status.kind,
+            models=(self._card.id,),
+            busy_rows=status.busy_rows,
+            max_rows=self._card.max_rows,
+            started_ms=self._started_ms,
+            seen_ms=int(time.time() * 1000),
+            stats=status.stats,
+        )
+
+    async def _until_over(self) -> None:
+        """Until an ending, or a shutdown has left its jobs the time to finish."""
+        shutdown = self._parts.shutdown
+        while not await any_set(self._over, shutdown.draining, timeout_s=60.0):
+            pass
+        until = time.monotonic() + self._parts.settings.drain_s
+        while len(self._outbox) and time.monotonic() < until:
+            if await any_set(self._over, shutdown.now, timeout_s=_DRAIN_LOOK_S):
+                return
+
+    def _end(self, ending: Ending) -> None:
+        if not self._over.is_set():
+            self._ending = ending
+            self._over.set()
+            self._news.set()
+
+    async def _give_up_jobs(self) -> None:
+        try:
+            count = await self._parts.lifecycle.worker_died(self.id)
+        except QueueUnavailable as error:
+            _log.warning("cannot give up the jobs; their lease expires by itself", reason=error.message)
+        else:
+            _log.info("jobs go on elsewhere", jobs=count)
+
+    async def _leave(self) -> None:
+        """What is held goes back to the queue (drained) or was given up already; then lease and entry go."""
+        try:
+            if self._ending is Ending.DRAINED:
+                await self._hand_back()
+                await self._parts.lifecycle.retire(self.id)
+            elif self._ending is Ending.BACKEND_DIED:
+                await self._parts.lifecycle.worker_died(self.id)  # a claim may have been under way at the first
+            await self._parts.fleet.withdraw(self.id)
+        except QueueUnavailable as error:
+            _log.warning("left without saying so; the lease expires by itself", reason=error.message)
+
+    async def _hand_back(self) -> None:
+        """Show what was computed, then let others continue after it."""
+        if self._outbox.has_news:
+            await self._deliver()
+        for job in self._outbox.jobs:
+            await self._parts.backend.cancel(job.id, job.attempt)
+            await self._parts.lifecycle.hand_back(self.id, job)
+            self._outbox.drop(job.id)
+
+    async def _persist(self, call: Callable[[], Awaitable[_T]]) -> _T | None:
+        """Repeat while Redis is away; None when the incarnation is over first."""
+        pause_s = _FIRST_RETRY_S
+        while True:
+            try:
+                return await call()
+            except QueueUnavailable as error:
+                if self._over.is_set():
+                    return None
+                _log.warning("the queue is away; trying on", reason=error.message)
+            await any_set(self._over, timeout_s=pause_s)
+            pause_s = min(_LONGEST_RETRY_S, 2 * pause_s)
