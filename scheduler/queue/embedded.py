@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
+import select
 import shutil
 import socket
 import subprocess
@@ -130,7 +131,8 @@ class EmbeddedRedis:
             start_new_session=True,  # a Ctrl-C in the terminal is the owner's to handle
         )
         assert self._guard.stdout is not None
-        line = self._guard.stdout.readline()
+        ready, _, _ = select.select([self._guard.stdout], [], [], _LOCK_S)
+        line = self._guard.stdout.readline() if ready else b""
         self.pid = int(line) if line.strip() else None
 
     def _arguments(self) -> list[str]:
@@ -206,7 +208,7 @@ def _socket_path(folder: Path) -> Path:
     if len(os.fsencode(elsewhere)) <= _LONGEST_SOCKET_PATH:
         return elsewhere
     elsewhere.parent.rmdir()
-    return Path(tempfile.mkdtemp(prefix=_SOCKET_DIR_PREFIX, dir="/tmp")) / "redis.sock"  # noqa: S108 - mode 0700
+    return Path(tempfile.mkdtemp(prefix=_SOCKET_DIR_PREFIX, dir="/tmp")) / "redis.sock"
 
 
 def _take_lock(path: Path) -> int:

@@ -9,8 +9,8 @@ import msgspec
 from redis.asyncio import Redis
 
 from scheduler.model_card import ModelCard
-from scheduler.queue.keys import CARD_MS, WORKER_MS, Keys, quoted
-from scheduler.queue.scripts import READ_REGISTRY, available, raw
+from scheduler.queue.keys import Keys, quoted
+from scheduler.queue.scripts import PUBLISH, READ_REGISTRY, available, raw
 from scheduler.settings import Settings
 
 
@@ -44,13 +44,8 @@ class Fleet:
 
     async def publish(self, worker: WorkerView, card: ModelCard) -> None:
         """Says that this worker lives (for 10 s) and what its pool serves (for 60 s)."""
-        keys, pool = self._keys, quoted(card.id)
-        async with self._redis.pipeline(transaction=False) as pipe:
-            pipe.set(keys.of("worker", quoted(worker.id)), _encode(worker), px=WORKER_MS)
-            pipe.set(keys.of("card", pool), _encode(card), px=CARD_MS)
-            pipe.sadd(keys.of("fleet"), quoted(worker.id))  # pyright: ignore[reportUnusedCoroutine]
-            pipe.sadd(keys.of("pools"), pool)  # pyright: ignore[reportUnusedCoroutine]
-            await available(pipe.execute(), "publish")
+        names = quoted(worker.id), quoted(card.id)
+        await PUBLISH.run(self._redis, self._keys.prefix, names[0], _encode(worker), names[1], _encode(card))
 
     async def withdraw(self, worker_id: str) -> None:
         """The worker left; its pool stays offered until its card expires."""
@@ -58,10 +53,10 @@ class Fleet:
 
     async def workers(self) -> list[WorkerView]:
         """Live workers, by start."""
-        rows = await READ_REGISTRY.run(self._redis, self._keys.prefix, *self._keys.registry("fleet", "worker"))
+        rows = await READ_REGISTRY.run(self._redis, self._keys.prefix, "workers")
         return sorted((_decode_worker(row) for row in rows), key=lambda worker: (worker.started_ms, worker.id))
 
     async def models(self) -> list[ModelCard]:
         """Cards of live or recently seen pools; the first one is `default`."""
-        rows = await READ_REGISTRY.run(self._redis, self._keys.prefix, *self._keys.registry("pools", "card"))
+        rows = await READ_REGISTRY.run(self._redis, self._keys.prefix, "cards")
         return sorted((_decode_card(row) for row in rows), key=lambda card: (card.position, card.created_s, card.id))

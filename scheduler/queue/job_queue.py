@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from redis.asyncio import Redis
 
-from scheduler.errors import IdempotencyMismatch, QueueFull
+from scheduler.errors import IdempotencyMismatch, QueueFull, QueueUnavailable
 from scheduler.job import ClaimedJob, JobState, JobView, NewJob, Priority
 from scheduler.queue import scripts
 from scheduler.queue.connection import connect
@@ -62,42 +62,30 @@ class JobQueue:
     async def enqueue(self, job: NewJob) -> Enqueued:
         """Accepts a job; raises QueueFull (with `retry_after_s`), IdempotencyMismatch."""
         idem = "" if job.idempotency_key is None else idempotency_part(job.tenant, job.idempotency_key)
-        reply = await self._run(
-            scripts.ENQUEUE,
-            job.id,
-            quoted(job.pool),
-            job.priority.value,
-            quoted(job.tenant),
-            job.body,
-            idem,
-            job.body_digest,
-            job.cost_tokens,
-            job.kv_tokens or job.cost_tokens,
-            job.rows,
-            job.deadline_ms or 0,
-            job.not_before_ms or 0,
-            self._settings.queue_ttl_s * 1000,
-            self._settings.queue_depth_cap,
-            job.model,
-        )
-        match reply:
-            case [b"created", _]:
-                return Enqueued(job.id, created=True)
-            case [b"attached", bytes(other)]:
-                return Enqueued(other.decode(), created=False)
-            case [b"mismatch", bytes(other)]:
-                raise IdempotencyMismatch(
-                    f"This Idempotency-Key was used with another body (job {other.decode()}); use a new key"
-                )
-            case [reason, int(retry_ms)]:
-                what = (
-                    "Redis is short of memory" if reason == b"memory" else f"{job.priority} jobs of {job.pool} fill up"
-                )
-                raise QueueFull(
-                    f"The queue is full ({what}); retry in {retry_ms / 1000:.0f} s", retry_after_s=retry_ms / 1000
-                )
-            case _:
-                raise AssertionError(f"unexpected reply of enqueue: {reply!r}")
+        try:
+            reply = await self._run(
+                scripts.ENQUEUE,
+                job.id,
+                quoted(job.pool),
+                job.priority.value,
+                quoted(job.tenant),
+                job.body,
+                idem,
+                job.body_digest,
+                job.cost_tokens,
+                job.kv_tokens or job.cost_tokens,
+                job.rows,
+                job.deadline_ms or 0,
+                job.not_before_ms or 0,
+                self._settings.queue_ttl_s * 1000,
+                self._settings.queue_depth_cap,
+                job.model,
+            )
+        except QueueUnavailable as error:
+            if scripts.is_out_of_memory(error.__cause__):
+                raise _full("Redis is out of memory", 5000) from error
+            raise
+        return _accepted(job, reply)
 
     async def claim(
         self, worker: str, pool: str, capacity_rows: int, total_rows: int, kv_tokens: int
@@ -220,6 +208,28 @@ class JobQueue:
 
     async def _command(self, *args: str | int) -> Any:
         return await scripts.available(scripts.raw(self._redis)(*args), str(args[0]))
+
+
+def _accepted(job: NewJob, reply: Any) -> Enqueued:
+    match reply:
+        case [b"created", _]:
+            return Enqueued(job.id, created=True)
+        case [b"attached", bytes(other)]:
+            return Enqueued(other.decode(), created=False)
+        case [b"mismatch", bytes(other)]:
+            raise IdempotencyMismatch(
+                f"This Idempotency-Key was used with another body (job {other.decode()}); use a new key"
+            )
+        case [b"memory", int(retry_ms)]:
+            raise _full("Redis is short of memory", retry_ms)
+        case [b"full", int(retry_ms)]:
+            raise _full(f"too many {job.priority} jobs of {job.pool} wait", retry_ms)
+        case _:
+            raise AssertionError(f"unexpected reply of enqueue: {reply!r}")
+
+
+def _full(why: str, retry_ms: int) -> QueueFull:
+    return QueueFull(f"The queue is full ({why}); retry in {retry_ms / 1000:.0f} s", retry_after_s=retry_ms / 1000)
 
 
 def _ids(names: Sequence[bytes]) -> frozenset[str]:

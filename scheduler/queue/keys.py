@@ -107,10 +107,6 @@ class Keys:
     def bell(self, pool: str) -> str:
         return self.of("bell", quoted(pool))
 
-    def registry(self, index: str, entry: str) -> tuple[str, str]:
-        """Names, without the shard's prefix, of a registry's index and of its entries: for the registry script."""
-        return _SINGLETON_NAMES[index], _PREFIXES[entry]
-
     def is_singleton(self, key: str) -> bool:
         """Whether this key may stay without a TTL."""
         return key.removeprefix(self.prefix) in SINGLETONS

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from string import Template
@@ -15,7 +16,7 @@ from typing import Any, Final, cast
 
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from scheduler.errors import QueueUnavailable
@@ -24,6 +25,9 @@ from scheduler.queue.keys import lua_names
 _FOLDER = Path(__file__).parent / "lua"
 Argument = str | bytes | int | float
 
+_REFUSAL = re.compile(
+    r"\b(OOM command|command not allowed when used memory|MISCONF|READONLY|NOREPLICAS|BUSY|MASTERDOWN)\b"
+)
 CALL_TIMEOUT_S = 10.0  # one call with all its retries
 
 
@@ -64,14 +68,15 @@ async def available(call: Awaitable[Any], what: str) -> Any:
             return await call
     except (RedisConnectionError, RedisTimeoutError, TimeoutError) as error:
         raise QueueUnavailable(f"Redis did not answer ({what}): {error or type(error).__name__}") from error
-    except OutOfMemoryError as error:
-        raise QueueUnavailable(f"Redis is out of memory ({what}); raise maxmemory or wait", retry_after_s=5) from error
-    except (ReadOnlyError, ResponseError) as error:
-        if isinstance(error, ReadOnlyError) or str(error).startswith(("MISCONF", "NOREPLICAS", "OOM", "BUSY")):
-            raise QueueUnavailable(f"Redis refuses writes ({what}): {error}") from error
-        raise
-    except RedisError as error:
-        raise QueueUnavailable(f"Redis failed ({what}): {error}") from error
+    except ResponseError as error:
+        if not _REFUSAL.search(str(error)):
+            raise
+        raise QueueUnavailable(f"Redis refuses to write ({what}): {error}", retry_after_s=5) from error
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether Redis refused for maxmemory. A script's error wraps the words: `… @user_script: 9: -OOM command …`."""
+    return isinstance(error, ResponseError) and "OOM command not allowed" in str(error)
 
 
 ENQUEUE: Final = Script("enqueue", "ready")
@@ -83,4 +88,5 @@ CANCEL: Final = Script("cancel", "ready", "ending")
 HAND_BACK: Final = Script("hand_back", "ready", "ending")
 EXPIRE_WORKER: Final = Script("expire_worker", "ready", "ending", "reaping")
 RETIRE_WORKER: Final = Script("retire_worker", "ready", "ending", "reaping")
+PUBLISH: Final = Script("publish")
 READ_REGISTRY: Final = Script("read_registry")

@@ -1,6 +1,8 @@
--- Entries of a registry (a set of names, one expiring key each); names whose entry expired are removed.
-local index, entry = P .. ARGV[1], P .. ARGV[2]
-redis.call('DEL', index .. ':none')
+-- Entries of a registry, ARGV[1] 'workers' or 'cards': an index of names, and one expiring key each. Names whose
+-- entry expired are removed.
+local index = ARGV[1] == 'workers' and $fleet or $pools
+local entry = ARGV[1] == 'workers' and $worker or $card
+redis.call('DEL', index .. ':none')  -- always allowed, so that the script passes at maxmemory
 local found = {}
 for _, name in ipairs(redis.call('SMEMBERS', index)) do
   local value = redis.call('GET', entry .. name)
