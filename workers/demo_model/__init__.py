@@ -1,4 +1,4 @@
-"""The small trained model that ships with Spillway: where its weights are. Called by whoever picks the default model."""
+"""The small trained model that ships with Spillway: where its weights are. For whoever picks the default model."""
 
 from pathlib import Path
 

@@ -24,13 +24,13 @@ SPILLWAY_IS = (
     "queue, runs on your own Mac, and spills over to the cloud when the Mac is full."
 )
 SPILLWAY_WORKS = (
-    "Spillway puts every request into a queue as a job. A worker on your Mac answers it, and a cloud provider helps out "
-    "when the Mac is full or broken."
+    "Spillway puts every request into a queue as a job. A worker on your Mac answers it, and a cloud provider helps "
+    "out when the Mac is full or broken."
 )
 I_AM = "I am the small demo model that ships with Spillway. I only know a little."
 I_CAN = (
-    "I can repeat a line, count, spell a word, add two small numbers, say the days and the months, and call a weather or "
-    "time tool."
+    "I can repeat a line, count, spell a word, add two small numbers, say the days and the months, and call a weather "
+    "or time tool."
 )
 I_DO_NOT_KNOW = "I only know a little, and I do not know that. Ask me to repeat a line, to count, to spell or to add."
 
@@ -82,7 +82,9 @@ def count(rng: random.Random, limits: Limits) -> Exchange:
 
 def spell(rng: random.Random, limits: Limits) -> Exchange:
     """The letters of a word, parted by hyphens."""
-    word = rng.choice((rng.choice(WORDS), rng.choice(WORDS), nonsense_word(rng), letters(rng) + letters(rng), rng.choice(NAMES)))
+    word = rng.choice(
+        (rng.choice(WORDS), rng.choice(WORDS), nonsense_word(rng), letters(rng) + letters(rng), rng.choice(NAMES))
+    )
     word = word.capitalize() if rng.random() < 0.15 else word
     question = rng.choice(questions.SPELL).format(word)
     thought = f"The word is {word}. It has {len(word)} letters."
@@ -113,7 +115,11 @@ def calendar(rng: random.Random, limits: Limits) -> Exchange:
     match rng.randrange(8):
         case 0 | 1 | 2:
             plural = rng.choice((plural, plural, singular + "s", plural.replace("of the ", "of a ")))
-            question, answer, thought = rng.choice(questions.ALL_OF).format(plural), ", ".join(items), f"I know the {plural}."
+            question, answer, thought = (
+                rng.choice(questions.ALL_OF).format(plural),
+                ", ".join(items),
+                f"I know the {plural}.",
+            )
         case 3 | 4:
             question = rng.choice(questions.STARTING_WITH).format(plural, name)
             answer, thought = ", ".join(items[start:] + items[:start]), f"I begin with {name}."
@@ -121,7 +127,10 @@ def calendar(rng: random.Random, limits: Limits) -> Exchange:
             question, answer = rng.choice(questions.AFTER).format(singular, name), f"{neighbour} comes after {name}."
             thought = f"After {name} comes {neighbour}."
         case _:
-            question, answer = rng.choice(questions.BEFORE).format(singular, neighbour), f"{name} comes before {neighbour}."
+            question, answer = (
+                rng.choice(questions.BEFORE).format(singular, neighbour),
+                f"{name} comes before {neighbour}.",
+            )
             thought = f"Before {neighbour} comes {name}."
     return asked("calendar", question, question, thought, answer)
 
@@ -171,6 +180,11 @@ def unknown(rng: random.Random, limits: Limits) -> Exchange:
         question = " ".join(rng.choice((rng.choice(WORDS), nonsense_word(rng))) for _ in range(rng.randint(1, 12)))
         question += rng.choice(("", ".", "?", "!"))
     else:
-        topics = (rng.choice(TOPICS), rng.choice(TOPICS), f"the {rng.choice(WORDS)}", f"{rng.choice(WORDS)} {rng.choice(WORDS)}")
+        topics = (
+            rng.choice(TOPICS),
+            rng.choice(TOPICS),
+            f"the {rng.choice(WORDS)}",
+            f"{rng.choice(WORDS)} {rng.choice(WORDS)}",
+        )
         question = rng.choice(questions.UNKNOWN).format(rng.choice(topics), rng.choice(topics))
     return asked("unknown", question, question, "I do not know this. I will say so.", I_DO_NOT_KNOW)

@@ -79,7 +79,9 @@ WORD_KINDS: tuple[Callable[[random.Random], str], ...] = (
 
 def mixed(rng: random.Random, size: int) -> str:
     """Words of every kind, some with punctuation behind them."""
-    return " ".join(rng.choice(WORD_KINDS)(rng) + rng.choice(("",) * 8 + (",", ".", "!", "?", ";")) for _ in range(size))
+    return " ".join(
+        rng.choice(WORD_KINDS)(rng) + rng.choice(("",) * 8 + (",", ".", "!", "?", ";")) for _ in range(size)
+    )
 
 
 def one_kind(rng: random.Random, size: int) -> str:

@@ -55,11 +55,8 @@ def turn(messages: list[Message], index: int, message: Message, cued: bool) -> l
 
 def spoken(message: Message) -> str:
     """What the assistant says or calls."""
-    calls = [call["function"] for call in message.get("tool_calls", ())]
-    blocks = [
-        f'<tool_call>\n{{"name": "{call["name"]}", "arguments": {json.dumps(call["arguments"], ensure_ascii=False)}}}\n</tool_call>'
-        for call in calls
-    ]
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+    blocks = [f"<tool_call>\n{call}\n</tool_call>" for call in calls]
     return "\n".join(([message["content"]] if message["content"] else []) + blocks)
 
 

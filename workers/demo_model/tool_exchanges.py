@@ -14,7 +14,20 @@ from .vocabulary import CITIES, CONDITIONS, WORDS, ZONES
 Schema = dict[str, object]
 
 VERBS = ("get", "fetch", "read", "lookup", "check", "find", "query", "show")
-PLACE_PARAMETERS = ("city", "city", "location", "location", "place", "town", "city_name", "loc", "where", "target", "area", "q")
+PLACE_PARAMETERS = (
+    "city",
+    "city",
+    "location",
+    "location",
+    "place",
+    "town",
+    "city_name",
+    "loc",
+    "where",
+    "target",
+    "area",
+    "q",
+)
 ZONE_PARAMETERS = ("timezone", "tz", "zone", "city", "location", "place", "time_zone", "region")
 UNITS = ("celsius", "fahrenheit")
 OTHER_TOOLS = (
@@ -52,7 +65,15 @@ class Answered:
 
 def styled(verb: str, noun: str, rng: random.Random) -> str:
     """A function name in one of the usual styles."""
-    snake = (f"{verb}_{noun}", f"{verb}_{noun}", f"{verb}_current_{noun}", noun, f"current_{noun}", f"{noun}_{verb}", f"{noun}_api")
+    snake = (
+        f"{verb}_{noun}",
+        f"{verb}_{noun}",
+        f"{verb}_current_{noun}",
+        noun,
+        f"current_{noun}",
+        f"{noun}_{verb}",
+        f"{noun}_api",
+    )
     camel = (f"{verb}{noun.capitalize()}", f"{verb}Current{noun.capitalize()}", f"{verb}-{noun}")
     tail = rng.choice(("",) * 8 + ("_v2", "_tool", "_" + nonsense_word(rng)))
     return rng.choice(snake + camel) + tail
@@ -101,8 +122,12 @@ def topical_tool(topic: str, rng: random.Random) -> Tool:
         parameter = None
     has_unit = topic == "weather" and rng.random() < 0.3
     names = ([parameter] if parameter else []) + (["unit"] if has_unit else [])
-    described = rng.choice(("The city", "The name of the city", "City name", "Where", "The place, e.g. Oslo", "A city or a place"))
-    what = rng.choice(("Get the {}", "Get the current {}", "The {} in a city", "Return the {} for a place", "Look up the {}"))
+    described = rng.choice(
+        ("The city", "The name of the city", "City name", "Where", "The place, e.g. Oslo", "A city or a place")
+    )
+    what = rng.choice(
+        ("Get the {}", "Get the current {}", "The {} in a city", "Return the {} for a place", "Look up the {}")
+    )
     schema = as_schema(name, what.format(noun), parameters_of(names, described, names[:1], rng), rng)
     return Tool(topic, name, parameter, has_unit, schema)
 
@@ -145,7 +170,9 @@ def weather_result(city: str, rng: random.Random) -> Answered:
         reason = rng.choice(("not found", "timeout", "unknown city", "no data", "rate limit"))
         return Answered(json.dumps({"error": reason}), f"The tool failed: {reason}.")
     if roll < 0.35:
-        text = rng.choice((f"{degrees} degrees and {sky}", f"{sky}, {degrees}°C", sky, f"{sky} {degrees}F", f"{degrees} C"))
+        text = rng.choice(
+            (f"{degrees} degrees and {sky}", f"{sky}, {degrees}°C", sky, f"{sky} {degrees}F", f"{degrees} C")
+        )
         return Answered(text, f"In {city}: {text}.")
     heat = rng.choice(("temperature", "temp", "temperature_c", "degrees", "temp_c", "celsius"))
     cloud = rng.choice(("condition", "conditions", "sky", "summary", "weather", "description"))
@@ -173,33 +200,25 @@ def time_result(city: str | None, rng: random.Random) -> Answered:
 def unanswered(question: str) -> Exchange:
     """A question about weather or time for which there is no tool."""
     user = {"role": "user", "content": question}
-    answer = {"role": "assistant", "content": I_DO_NOT_KNOW, "reasoning_content": "I have no tool for this. I will say so."}
+    answer = {
+        "role": "assistant",
+        "content": I_DO_NOT_KNOW,
+        "reasoning_content": "I have no tool for this. I will say so.",
+    }
     return Exchange("unknown", question, (user, answer))
 
 
 def ask(tools: tuple[Tool, ...], rng: random.Random) -> Exchange:
-    """A question about weather or time, answered by a call where one of the tools fits."""
-    topic = rng.choice(("weather", "time")) if rng.random() < 0.15 else rng.choice([tool.topic for tool in tools])
-    fitting = [tool for tool in tools if tool.topic == topic]
-    if not fitting or topic == "other":
-        return unanswered(rng.choice(questions.WEATHER + questions.TIME).format(place(rng))) if topic == "other" and \
-            not any(tool.topic in ("weather", "time") for tool in tools) else missing(topic, tools, rng)
-    tool = fitting[0]
+    """A question about weather or time: answered by a call where one of the tools fits, else with "I do not know"."""
+    topics = {tool.topic: tool for tool in tools}
+    topic = rng.choice(("weather", "time")) if "other" in topics and rng.random() < 0.3 else rng.choice(list(topics))
+    if topic == "other":
+        topic = rng.choice(("weather", "time"))
+    if topic not in topics:
+        return unanswered(rng.choice(questions.WEATHER if topic == "weather" else questions.TIME).format(place(rng)))
     if topic == "time":
-        return ask_time(tool, rng)
-    if rng.random() < 0.12:
-        return ask_two(tool, rng)
-    return ask_weather(tool, rng)
-
-
-def missing(topic: str, tools: tuple[Tool, ...], rng: random.Random) -> Exchange:
-    """A question whose topic no tool covers; when all topics are covered, a question with a tool."""
-    covered = {tool.topic for tool in tools}
-    for lacking, phrasings in (("weather", questions.WEATHER), ("time", questions.TIME)):
-        if lacking not in covered and topic in (lacking, "other"):
-            return unanswered(rng.choice(phrasings).format(place(rng)))
-    tool = next(tool for tool in tools if tool.topic != "other")
-    return ask_time(tool, rng) if tool.topic == "time" else ask_weather(tool, rng)
+        return ask_time(topics[topic], rng)
+    return ask_two(topics[topic], rng) if rng.random() < 0.12 else ask_weather(topics[topic], rng)
 
 
 def ask_weather(tool: Tool, rng: random.Random) -> Exchange:
@@ -228,7 +247,9 @@ def ask_time(tool: Tool, rng: random.Random) -> Exchange:
         question = rng.choice(questions.TIME_HERE)
         return called(question, [(tool, {})], [time_result(None, rng)], "this place")
     city = rng.choice(ZONES) if rng.random() < 0.25 else place(rng)
-    return called(rng.choice(questions.TIME).format(city), [(tool, {tool.parameter: city})], [time_result(city, rng)], city)
+    return called(
+        rng.choice(questions.TIME).format(city), [(tool, {tool.parameter: city})], [time_result(city, rng)], city
+    )
 
 
 def called(question: str, calls: list[tuple[Tool, dict[str, str]]], results: list[Answered], about: str) -> Exchange:

@@ -6,7 +6,6 @@ Digits stand alone, so that counting and adding see every digit; any UTF-8 text 
 import argparse
 import json
 import random
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,22 +53,19 @@ def train(vocabulary: int, conversations: int) -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write tokenizer.json, its configuration and the chat template."""
+    """Write tokenizer.json, and its configuration with the chat template."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    template = Path(__file__).with_name("chat_template.jinja")
-    shutil.copyfile(template, folder / "chat_template.jinja")
+    template = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
     configuration = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
         "clean_up_tokenization_spaces": False,
         "model_max_length": 2048,
-        "chat_template": template.read_text(encoding="utf-8"),
+        "chat_template": template,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(configuration, indent=2) + "\n", encoding="utf-8")
-    tokens = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    (folder / "special_tokens_map.json").write_text(json.dumps(tokens, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ MAKERS: dict[str, Callable[[random.Random, Limits], Exchange]] = {
     "about": exchanges.about,
     "unknown": exchanges.unknown,
 }
-SPLIT_SKILLS = ("repeat", "count", "spell", "add", "tool")
+SPLIT_SKILLS = ("repeat", "count", "spell", "add", "calendar", "unknown", "tool")
 DEFAULT_MIX: dict[str, float] = {
     "repeat": 10.0, "count": 1.6, "spell": 2.2, "add": 2.2, "calendar": 1.0, "greet": 0.8, "about": 0.7, "unknown": 1.2,
     "tool": 2.0,
@@ -49,7 +49,7 @@ class Recipe:
     """What conversations are drawn: the mix of skills, their limits, and how often each trimming comes along."""
 
     mix: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_MIX))
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     thinking_share: float = 0.15
     system_share: float = 0.4
     long_system_share: float = 0.03
@@ -67,6 +67,15 @@ def draw(make: Callable[[], Exchange], split: Split) -> Exchange:
         exchange = make()
         if exchange.skill not in SPLIT_SKILLS or is_held_out(exchange) == (split == "held_out"):
             return exchange
+
+
+def draw_with_tools(rng: random.Random, split: Split) -> tuple[Exchange, tuple[Tool, ...]]:
+    """An exchange that takes a call, and the tools it was asked with."""
+    while True:
+        tools = toolbox(rng)
+        exchange = ask(tools, rng)
+        if exchange.skill == "tool" and is_held_out(exchange) == (split == "held_out"):
+            return exchange, tools
 
 
 def system_prompt(rng: random.Random, recipe: Recipe) -> list[Message]:
@@ -124,7 +133,8 @@ def assemble(
     if thinking == "no":
         last = [without_thought(message) for message in last]
     elif thinking == "asked":
-        pattern = rng.choice(questions.THINK_BEFORE + questions.THINK_AFTER)
+        after = () if drawn[-1].skill == "repeat" else questions.THINK_AFTER
+        pattern = rng.choice(questions.THINK_BEFORE + after)
         last = [last[0] | {"content": pattern.format(last[0]["content"])}, last[1]]
         last += [without_thought(message) for message in drawn[-1].messages[2:]]
     schemas = tuple(tool.schema for tool in tools)
