@@ -32,7 +32,6 @@ from scheduler.settings import Settings, load_settings
 from scheduler.telemetry import configure, get_logger
 
 PRUNE_MINUTE = 17  # of every hour
-REDIS_WAIT_S = 30.0  # a Procfile starts everything at once
 
 log = get_logger(__name__)
 
@@ -64,7 +63,7 @@ async def _serve(settings: Settings) -> None:
     database = Database(settings)
     commands, blocking = connect(settings, "command"), connect(settings, "blocking")
     try:
-        await check_server(commands, owned=settings.redis_url is None, wait_s=REDIS_WAIT_S)
+        await check_server(commands, owned=settings.redis_url is None, wait_s=settings.redis_wait_s)
         await _run_loops(settings, database, commands, blocking, stop)
     finally:
         await commands.aclose()

@@ -21,6 +21,7 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     redis_url: str | None = None
+    redis_wait_s: float = Field(default=30.0, ge=0)  # a Procfile starts everything at once
     database_url: str | None = None
     shard: str = Field(default="0", pattern=r"^[a-z0-9]{1,16}$")
     log_level: Literal["debug", "info", "warning", "error"] = "info"

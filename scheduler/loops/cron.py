@@ -7,6 +7,7 @@ msgpack, never pickle. arq's worker ends when Redis goes away; a new one then ta
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import random
@@ -35,6 +36,7 @@ JOB_TIMEOUT_S = 60
 MAX_TRIES = 5
 MAX_DEFER_S = 60.0
 RECONNECT_S = 1.0
+CLOSE_S = 5.0
 QUICK_FAILURE_S = 15.0  # a worker that ended sooner met the outage that was told of already
 
 log = get_logger(__name__)
@@ -66,16 +68,10 @@ async def run_cron(jobs: Sequence[PeriodicJob], settings: Settings) -> None:
         await asyncio.sleep(RECONNECT_S)
 
 
-class _Pool(ArqRedis):
-    async def close(self, close_connection_pool: bool | None = None) -> None:
-        """arq closes its pool by redis-py's deprecated name."""
-        await self.aclose(close_connection_pool)
-
-
 def _worker(jobs: Sequence[PeriodicJob], settings: Settings) -> Worker:
     queue = Keys(settings.shard).of("cron")
     connections = cast(ConnectionPool, connect(settings, "command").connection_pool)
-    pool = _Pool(connections, job_serializer=_encode, job_deserializer=_decode, default_queue_name=queue)
+    pool = ArqRedis(connections, job_serializer=_encode, job_deserializer=_decode, default_queue_name=queue)
     return Worker(
         cron_jobs=[_cron_job(job, settings) for job in jobs],
         queue_name=queue,
@@ -103,6 +99,7 @@ def _cron_job(job: PeriodicJob, settings: Settings) -> CronJob:
         except (OperationalError, CapacityError, OSError) as error:
             ceiling = min(MAX_DEFER_S, 2.0 ** ctx["job_try"])
             log.warning("periodic job will be tried again", name=job.name, error=str(error))
+            # Not before a minute is over: so long arq marks a periodic job as running.
             raise Retry(defer=random.uniform(0, ceiling)) from error
 
     # arq's job ids begin with this name: two shards in one Redis must not take each other's turns.
@@ -111,10 +108,14 @@ def _cron_job(job: PeriodicJob, settings: Settings) -> CronJob:
 
 
 async def _close(worker: Worker) -> None:
-    try:
-        await worker.close()
-    except (RedisError, OSError) as error:
-        log.debug("closing the cron worker failed", error=str(error))
+    # Not arq's own close(): a job that Redis failed makes it raise before it has closed its connections.
+    tasks = list(worker.tasks.values())
+    for task in tasks:
+        task.cancel()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(CLOSE_S):
+            await asyncio.gather(*tasks, return_exceptions=True)
+    await worker.pool.aclose(True)
 
 
 def _encode(job: dict[str, Any]) -> bytes:
