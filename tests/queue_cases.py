@@ -42,7 +42,7 @@ def delta(text: str) -> bytes:
     return encode_event(Delta(choices=(ChoiceDelta(index=0, token_ids=tuple(text.encode()), text=text),)))
 
 
-async def ask(redis: Redis, *words: str | int | float) -> Any:
+async def ask(redis: Redis, *words: str | bytes | int | float) -> Any:
     """One plain Redis command; redis-py's own methods are typed for sync and async at once."""
     return await raw(redis)(*words)
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,10 +34,13 @@ class RedisBinary:
         return ".".join(map(str, self.version))
 
 
-def find_redis_binary() -> RedisBinary:
-    """Raises StartupError saying what to install where there is none, or none that is new enough."""
+def find_redis_binary(places: Sequence[tuple[Path, str]] | None = None) -> RedisBinary:
+    """The first of `places` (path, source; None: the usual ones) that is new enough.
+
+    Raises StartupError saying what to install where there is none.
+    """
     too_old: list[RedisBinary] = []
-    for path, source in _candidates():
+    for path, source in usual_places() if places is None else places:
         version = _version_of(path)
         if version is None:
             continue
@@ -51,7 +55,7 @@ def find_redis_binary() -> RedisBinary:
     raise StartupError(f"{why}. Install one ({advice}), or set SPILLWAY_REDIS_URL to a server of yours.")
 
 
-def _candidates() -> list[tuple[Path, str]]:
+def usual_places() -> list[tuple[Path, str]]:
     on_path = [(Path(found), "PATH") for name in _NAMES if (found := shutil.which(name)) is not None]
     return on_path + [(path, "wheel") for path in _in_wheel()]
 

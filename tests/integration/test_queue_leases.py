@@ -16,7 +16,7 @@ from scheduler.queue.records import SweepResult
 from scheduler.settings import Settings
 from scheduler.tokens import Failed, decode_event
 from tests.conftest import wait_until
-from tests.queue_cases import WORKER, ask, changed, claim, claim_one, emit, enqueue, log_ids, state_of, succeed
+from tests.queue_cases import POOL, WORKER, ask, changed, claim, claim_one, emit, enqueue, log_ids, state_of, succeed
 
 OTHER = "mac-2:200"
 
