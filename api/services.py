@@ -50,7 +50,7 @@ async def open_services(settings: Settings, metrics: ApiMetrics, drain: Drain) -
         await authenticator.check_start()
         redis = connect(settings, "command")
         stack.push_async_callback(redis.aclose)
-        await check_server(redis)
+        await check_server(redis, wait_s=settings.redis_wait_s)
         queue = JobQueue(redis, settings)
         fleet = Fleet(redis, settings)
         bus = TokenBus(settings)

@@ -54,7 +54,7 @@ async def serve(refs: Sequence[str], settings: Settings) -> None:
     redis = connect(settings, "command")
     queue = JobQueue(redis, settings)
     try:
-        await check_server(redis)
+        await check_server(redis, wait_s=settings.redis_wait_s)
         fleet = Fleet(redis, settings)
         lifecycle = Lifecycle(queue, fleet, settings)
         engines = len(refs) * settings.workers
