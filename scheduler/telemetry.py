@@ -37,7 +37,7 @@ _LEVEL_STYLES = {"debug": "\x1b[2m", "warning": "\x1b[33m", "error": "\x1b[31m",
 _PROCESS_STYLES = ("\x1b[36m", "\x1b[35m", "\x1b[34m", "\x1b[32m")
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
 _ENVELOPE = frozenset({"ts", "level", "process", "logger", "event", "exception", "stack"})
-_QUIET_LOGGERS = ("asyncio", "filelock", "httpcore2", "httpx2", "huggingface_hub", "urllib3", "uvicorn.access")
+_QUIET_LOGGERS = ("alembic", "asyncio", "filelock", "httpcore2", "httpx2", "huggingface_hub", "urllib3", "uvicorn")
 
 _ASSIGN = r"(?:\\*[\"']?\s*[:=]\s*(?:b?\\*[\"'])?|\\*[\"']\s*,\s*b?\\*[\"'])"
 _SECRETS: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -142,7 +142,8 @@ class _SinkRenderer:
         self._colours = colours
 
     def __call__(self, _logger: Any, _method: str, fields: LogFields) -> str:
-        ordered = {"ts": fields.pop("ts"), "level": fields.pop("level"), "process": self._process, **fields}
+        head = {name: fields.pop(name) for name in ("ts", "level", "event")}
+        ordered = {**head, "process": self._process, **fields}
         if self._human:
             return render_human(ordered, colours=self._colours)
         return redact(json.dumps(ordered, ensure_ascii=False, default=str))

@@ -19,6 +19,8 @@ _QUESTION = (
 def print_announcement(console: Console, settings: Settings, address: str, models: tuple[str, ...]) -> None:
     """Plain text where stdout is no terminal; the curl line is one line, whatever the width."""
     command = command_name()
+    if console.is_terminal:
+        console.print()
     console.print(Text.assemble(("Spillway is ready: ", "bold green"), (address, "bold")), soft_wrap=True)
     lines = [
         "",

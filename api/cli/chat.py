@@ -16,10 +16,10 @@ from scheduler.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some text of an answer: what the model thinks, or what it says."""
+    """A part of an answer: what the model thinks, what it says, or that its length was not enough."""
 
-    kind: Literal["thought", "answer"]
-    text: str
+    kind: Literal["thought", "answer", "cut"]
+    text: str = ""
 
 
 @dataclass(slots=True)
@@ -75,13 +75,16 @@ def answer_pieces(client: ApiClient, conversation: Conversation) -> Iterator[Pie
             if "error" in chunk:
                 raise from_code(str(chunk["error"].get("code")), str(chunk["error"]["message"]))
             for choice in chunk.get("choices", ()):
-                yield from _pieces_of(choice["delta"])
+                yield from _pieces_of(choice)
     raise InternalError("The answer broke off: the server closed the connection.")
 
 
-def _pieces_of(delta: dict[str, Any]) -> Iterator[Piece]:
+def _pieces_of(choice: dict[str, Any]) -> Iterator[Piece]:
+    delta = choice["delta"]
     thought = delta.get("reasoning_content") or delta.get("reasoning")
     if thought:
         yield Piece("thought", thought)
     if delta.get("content"):
         yield Piece("answer", delta["content"])
+    if choice.get("finish_reason") == "length":
+        yield Piece("cut")

@@ -101,9 +101,14 @@ class ChatLoop:
             self._talk.turns.pop()
 
     def _show(self, piece: Piece) -> None:
-        style = "dim italic" if piece.kind == "thought" else ""
-        text = printable(piece.text)
-        self._console.print(Text(text, style), end="", soft_wrap=True)
+        match piece.kind:
+            case "answer":
+                shown = Text(printable(piece.text))
+            case "thought":
+                shown = Text(printable(piece.text), "dim italic")
+            case "cut":
+                shown = Text(" (cut off: the answer reached its token limit)", "dim")
+        self._console.print(shown, end="", soft_wrap=True)
         sys.stdout.flush()
 
     def _note(self, text: str) -> None:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from api.cli import findings, store_findings
 from api.cli.findings import Finding, Level
+from api.cli.plain_text import wide_console
 from scheduler.settings import Settings
 
 _MARKS: dict[Level, tuple[str, str]] = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "broken": ("✗", "red")}
@@ -44,7 +45,7 @@ def run_doctor(settings: Settings, *, as_json: bool) -> int:
     if as_json:
         typer.echo(json.dumps({"ok": not broken, "findings": [asdict(finding) for finding in found]}))
     else:
-        console.print(_table(found))
+        wide_console().print(_table(found))
         console.print(_verdict(broken, sum(finding.level == "warn" for finding in found)))
     return 1 if broken else 0
 

@@ -11,12 +11,11 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from api.cli.options import ApiKey, Home, Json, Url, settings_with
-from api.cli.plain_text import printable
+from api.cli.plain_text import printable, wide_console
 from scheduler.errors import from_code
 
 if TYPE_CHECKING:
@@ -26,13 +25,14 @@ app = typer.Typer(help="Jobs: what waits, what runs, what has ended.", invoke_wi
 JobId = Annotated[str, typer.Argument(help="The Spillway-Job header of an answer, or from the list.", metavar="ID")]
 _STYLES = {"running": "cyan", "succeeded": "green", "failed": "red", "expired": "red", "cancelled": "dim"}
 _RECONNECTS = 5
+_ROOMY_COLUMNS = 100
 
 
 @app.callback()
-def default(context: typer.Context) -> None:
-    """Without a command: the list."""
+def default(context: typer.Context, url: Url = None, api_key: ApiKey = None, home: Home = None) -> None:
+    """Jobs: what waits, what runs, what has ended. Without a command: the list."""
     if context.invoked_subcommand is None:
-        list_jobs()
+        list_jobs(url=url, api_key=api_key, home=home)
 
 
 @app.command("list")
@@ -51,7 +51,8 @@ def list_jobs(
     elif not found:
         typer.echo("No jobs yet.")
     else:
-        Console(highlight=False).print(_table(found), soft_wrap=not sys.stdout.isatty())
+        console = wide_console()
+        console.print(_table(found, with_priority=console.width >= _ROOMY_COLUMNS))
 
 
 @app.command()
@@ -62,7 +63,7 @@ def show(job: JobId, as_json: Json = False, url: Url = None, api_key: ApiKey = N
     if as_json:
         typer.echo(json.dumps(found))
     else:
-        Console(highlight=False).print(_details(found))
+        wide_console().print(_details(found))
 
 
 @app.command()
@@ -130,16 +131,19 @@ def _show_event(name: str, event: dict[str, Any]) -> None:
             return
 
 
-def _table(jobs: list[dict[str, Any]]) -> Table:
-    table = Table("job", "state", "model", "priority", "age", "tokens", "took", box=None, header_style="dim")
-    table.columns[0].no_wrap = True
+def _table(jobs: list[dict[str, Any]], *, with_priority: bool) -> Table:
+    table = Table("job", "state", "model", "age", "tokens", "took", box=None, header_style="dim", pad_edge=False)
+    for column in table.columns:
+        column.no_wrap = True
+    if with_priority:
+        table.add_column("priority")
     for job in jobs:
         state = Text(job["state"], _STYLES.get(job["state"], ""))
         usage = job["usage"] or {}
         took = _duration(job["timings"]["total_ms"])
         tokens = str(usage.get("completion_tokens", "–"))
         age = _duration(time.time() * 1000 - job["created_ms"])
-        table.add_row(job["id"], state, job["model"], job["priority"], age, tokens, took)
+        table.add_row(job["id"], state, job["model"], age, tokens, took, *([job["priority"]] if with_priority else []))
     return table
 
 

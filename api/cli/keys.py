@@ -15,6 +15,7 @@ from rich.table import Table
 
 from api.cli.home import make_home
 from api.cli.options import Home, Json, settings_with
+from api.cli.plain_text import wide_console
 from scheduler.errors import ClientError
 from scheduler.settings import Settings
 
@@ -72,7 +73,7 @@ def list_keys(home: Home = None, as_json: Json = False) -> None:
         times = [_day(moment) for moment in (record.created_ms, record.last_used_ms, record.revoked_ms)]
         style = "dim" if record.revoked_ms is not None else None
         table.add_row(record.id, f"{record.prefix}…", record.name, record.tenant, *times, style=style)
-    Console(highlight=False).print(table)
+    wide_console().print(table)
 
 
 @app.command()

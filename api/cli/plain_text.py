@@ -1,9 +1,12 @@
-"""What others wrote, made safe to print: a model or a client must not drive the terminal."""
+"""Printing for people and pipes: what others wrote must not drive the terminal, a pipe has no width."""
 
 from __future__ import annotations
 
 import re
 
+from rich.console import Console
+
+_PIPE_COLUMNS = 250
 # All control characters but line ends and tabs; \r would let a line overwrite itself.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -11,3 +14,9 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def printable(text: str) -> str:
     """The text with control characters shown as U+FFFD."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def wide_console() -> Console:
+    """A console for tables; in a pipe nothing is cut off."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_PIPE_COLUMNS)

@@ -72,7 +72,7 @@ class StartView:
 
     def _render(self) -> RenderableType:
         table = Table.grid(padding=(0, 2), pad_edge=True)
-        table.add_column(width=1)
+        table.add_column(no_wrap=True)
         table.add_column(min_width=10)
         table.add_column(overflow="ellipsis", no_wrap=True, style="dim")
         for part in self._parts.values():

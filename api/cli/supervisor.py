@@ -117,9 +117,14 @@ class Supervisor:
         if self._starting:
             await asyncio.wait(set(self._starting))
         for stage in sorted({spec.stage for spec in self._specs}):
-            names = [spec.name for spec in self._specs if spec.stage == stage and spec.name in self.children]
-            async with asyncio.TaskGroup() as enders:
-                for name in names:
+            if not hurry.is_set():
+                await self._end_all([spec.name for spec in self._specs if spec.stage == stage], hurry)
+        await self._end_all([name for name, child in self.children.items() if child.is_running], hurry)
+
+    async def _end_all(self, names: Sequence[str], hurry: asyncio.Event) -> None:
+        async with asyncio.TaskGroup() as enders:
+            for name in names:
+                if name in self.children:
                     enders.create_task(self._end(name, hurry))
 
     async def _end(self, name: str, hurry: asyncio.Event) -> None:

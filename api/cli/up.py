@@ -1,6 +1,8 @@
 """`spillway up`: everything on one machine, from an empty home to a ready service, and back to nothing.
 
 home, lock, port ──► redis ──► database ──► scheduler, api, workers ──► ready ──signal──► drain ──► redis stopped
+
+Large imports wait until their step is on the screen.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -22,8 +25,6 @@ from api.cli.home import prepare_home
 from api.cli.home_lock import HomeLock
 from api.cli.log_relay import LogRelay, print_safely
 from api.cli.preflight import address_of, check_port
-from api.cli.readiness import Readiness
-from api.cli.redis_server import RedisServer, offer_to_install
 from api.cli.run_file import (
     ProcessNote,
     RunNote,
@@ -38,6 +39,9 @@ from scheduler.errors import StartupError
 from scheduler.settings import Settings
 from scheduler.telemetry import configure, get_logger
 
+if TYPE_CHECKING:
+    from api.cli.redis_server import RedisServer
+
 # A stage has the drain time that its settings promise to clients, and this much to put its things away.
 TIDY_S = 5.0
 
@@ -49,7 +53,9 @@ def run_up(settings: Settings) -> None:
     os.umask(0o077)
     address = address_of(settings.host, settings.port)
     prepare_home(settings.home)
-    if settings.redis_url is None:
+    if settings.redis_url is None and sys.platform == "darwin":
+        from api.cli.redis_server import offer_to_install
+
         offer_to_install()
     lock = HomeLock.acquire(settings.home, address)
     relay = LogRelay(settings.home, settings)
@@ -73,7 +79,7 @@ class Up:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._started_s = time.time()
-        self._redis = RedisServer(settings)
+        self._redis: RedisServer | None = None
         self._supervisor: Supervisor | None = None
         self._ready = False
 
@@ -91,7 +97,8 @@ class Up:
                 raise
             finally:
                 self._view.close()
-                await self._redis.stop()
+                if self._redis is not None:
+                    await self._redis.stop()
                 remove_run_note(self._settings.home)
                 log.info("stopped")
         self._say("Stopped.")
@@ -102,11 +109,14 @@ class Up:
             log.warning("the last run was killed; its processes are gone now", processes=found)
 
     async def _start_stores(self) -> None:
-        from scheduler.db.schema import migrate
-
         self._view.working("redis")
+        from api.cli.redis_server import RedisServer
+
+        self._redis = RedisServer(self._settings)
         self._view.done("redis", await self._redis.start())
         self._view.working("database")
+        from scheduler.db.schema import migrate
+
         revision = await asyncio.to_thread(migrate, self._settings)
         kind = "SQLite" if self._settings.database_url is None else "PostgreSQL"
         self._view.done("database", f"{kind}, revision {revision}")
@@ -126,16 +136,18 @@ class Up:
         await self._supervisor.run(self._announce_when_ready, self._stop, self._hurry)
 
     async def _announce_when_ready(self) -> None:
+        from api.cli.readiness import Readiness
+
         supervisor = self._supervisor
-        assert supervisor is not None
+        assert supervisor is not None and self._redis is not None
         readiness = Readiness(self._settings, self._address)
         async with readiness:
             await readiness.wait(supervisor, self._view)
         supervisor.was_ready = self._ready = True
         self._write_note()
         self._view.close()
-        self._relay.quiet = False
         log.info("ready", address=self._address, seconds=round(self._view.elapsed_s, 1))
+        self._relay.quiet = False
         print_announcement(self._console, self._settings, self._address, readiness.models)
         await self._redis.keep_running()
 
