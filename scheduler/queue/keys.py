@@ -109,7 +109,7 @@ class Keys:
 
     def is_singleton(self, key: str) -> bool:
         """Whether this key may stay without a TTL."""
-        return key.removeprefix(self.prefix) in SINGLETONS
+        return key.startswith(self.prefix) and key.removeprefix(self.prefix) in SINGLETONS
 
 
 def quoted(name: str) -> str:
