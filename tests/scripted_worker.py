@@ -17,7 +17,9 @@ from scheduler.job import ClaimedJob
 from scheduler.lifecycle import Lifecycle
 from scheduler.model_card import ModelCard
 from scheduler.queue.fleet import Fleet, WorkerView
+from scheduler.queue.job_queue import JobQueue
 from scheduler.request import InferenceRequest, Usage, decode_request
+from scheduler.settings import Settings
 from scheduler.tokens import ChoiceDelta, Delta, EventId, PositionLogprobs, TokenLogprob, encode_event
 
 ROWS = 64
@@ -41,12 +43,13 @@ class Script(msgspec.Struct):
 class ScriptedWorker:
     """One worker of pool `demo`; `requests` and `cancelled` are what tests look at, by job id."""
 
-    def __init__(self, lifecycle: Lifecycle, fleet: Fleet, name: str) -> None:
+    def __init__(self, queue: JobQueue, fleet: Fleet, settings: Settings, name: str) -> None:
         self.name = name
         self.requests: dict[str, InferenceRequest] = {}
         self.claims: dict[str, ClaimedJob] = {}
         self.cancelled: set[str] = set()
-        self._lifecycle = lifecycle
+        self._queue = queue
+        self._lifecycle = Lifecycle(queue, fleet, settings)
         self._fleet = fleet
 
     @asynccontextmanager
@@ -79,6 +82,7 @@ class ScriptedWorker:
                 jobs = await self._lifecycle.claim(self.name, "demo", ROWS, ROWS, 1_000_000)
                 for job in jobs:
                     group.create_task(self._play(job))
+                await self._queue.sweep()
                 if not jobs:
                     await self._lifecycle.wait_for_work("demo", 0.3)
 
