@@ -149,6 +149,7 @@ def _file_lock(engine: AsyncEngine) -> Generator[None]:
         yield
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    Path(path).touch(mode=0o600)  # it holds key hashes; SQLite gives its WAL the same mode
     with Path(f"{path}.lock").open("w") as file:
         _acquire(file.fileno(), path)
         yield

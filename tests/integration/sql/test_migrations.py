@@ -81,6 +81,11 @@ def test_a_migration_that_fails_leaves_nothing_behind(settings: Settings) -> Non
     assert schema_differences(settings) == []
 
 
+def test_only_its_owner_reads_the_database_file(sqlite_settings: Settings) -> None:
+    migrate(sqlite_settings)
+    assert (sqlite_settings.home / "spillway.db").stat().st_mode & 0o777 == 0o600
+
+
 def test_sqlite_is_set_up_for_many_processes(sqlite_settings: Settings) -> None:
     migrate(sqlite_settings)
 
