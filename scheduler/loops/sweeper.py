@@ -26,6 +26,8 @@ async def run_sweeper(queue: JobQueue, settings: Settings, stop: asyncio.Event) 
             if not failing:
                 log.warning("sweep failed; trying on", error=error.message)
             failing = True
+        except Exception:
+            log.exception("sweep failed; trying on")
         pause = settings.sweep_interval_ms / 1000 * random.uniform(0.8, 1.2)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(pause):

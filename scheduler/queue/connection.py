@@ -17,7 +17,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import RedisError
 
-from scheduler.errors import QueueUnavailable, StartupError
+from scheduler.errors import StartupError
 from scheduler.settings import Settings
 from scheduler.telemetry import get_logger
 
@@ -43,14 +43,14 @@ class ServerFacts:
 
 
 def redis_url(settings: Settings) -> str:
-    """The configured server, else the embedded one that runs for this home; raises QueueUnavailable without either."""
+    """The configured server, else the embedded one that runs for this home; raises StartupError without either."""
     if settings.redis_url is not None:
         return settings.redis_url
     state = settings.home / EMBEDDED_STATE
     try:
         return str(json.loads(state.read_text(encoding="utf-8"))["url"])
     except (OSError, ValueError, KeyError) as error:
-        raise QueueUnavailable(
+        raise StartupError(
             f"No Redis: SPILLWAY_REDIS_URL is not set and no embedded server runs for {settings.home}; "
             "start `spillway up` or set SPILLWAY_REDIS_URL"
         ) from error

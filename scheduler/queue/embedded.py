@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import select
 import shutil
 import socket
@@ -38,7 +39,7 @@ DEFAULT_MAXMEMORY_BYTES = 2**30
 
 
 class EmbeddedRedis:
-    """One server for one home. start() and stop() may be called again, in turns."""
+    """One server for one home. start() after stop(), or after the server died, brings it back at the same URL."""
 
     def __init__(self, home: Path, maxmemory_bytes: int = DEFAULT_MAXMEMORY_BYTES) -> None:
         self._folder = home / "redis"
@@ -47,15 +48,13 @@ class EmbeddedRedis:
         self._maxmemory_bytes = maxmemory_bytes
         self._guard: subprocess.Popen[bytes] | None = None
         self._lock: int | None = None
-        self._socket: Path | None = None
+        self._socket = _socket_path(self._folder)
         self.binary: RedisBinary | None = None
         self.pid: int | None = None
 
     @property
     def url(self) -> str:
-        """For SPILLWAY_REDIS_URL; only while the server runs."""
-        if self._socket is None:
-            raise StartupError("The embedded Redis does not run.")
+        """For SPILLWAY_REDIS_URL; it stays the same over restarts of this object's server."""
         return f"unix://{quote(str(self._socket))}"
 
     @property
@@ -67,6 +66,7 @@ class EmbeddedRedis:
         """Returns when the server answers, its data loaded. Raises StartupError in one line."""
         if self.alive:
             return
+        self.stop()
         self.binary = find_redis_binary()
         try:
             self._prepare()
@@ -95,7 +95,6 @@ class EmbeddedRedis:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-        self._socket = None
         self.pid = None
 
     def _prepare(self) -> None:
@@ -112,11 +111,12 @@ class EmbeddedRedis:
                 f"The data in {self._folder} was written by Redis 7 or newer; {self.binary.path} "
                 f"({self.binary.version_text}) cannot read it. Put the newer redis-server on PATH."
             )
-        self._socket = _socket_path(self._folder)
+        if self._socket.parent != self._folder:
+            self._socket.parent.mkdir(mode=0o700)
         _write_private(self._state, json.dumps({"url": self.url, "socket": str(self._socket)}))
 
     def _launch(self, binary: RedisBinary) -> None:
-        assert self._socket is not None and self._lock is not None
+        assert self._lock is not None
         cleanup = [str(self._state), str(self._socket)]
         if self._socket.parent != self._folder:
             cleanup.append(str(self._socket.parent))
@@ -152,7 +152,7 @@ class EmbeddedRedis:
         return [word for name, value in options.items() for word in (f"--{name}", value)]
 
     def _wait_until_ready(self) -> None:
-        assert self._guard is not None and self._socket is not None
+        assert self._guard is not None
         give_up = time.monotonic() + _LOADING_S
         while time.monotonic() < give_up:
             if self._guard.poll() is not None:
@@ -200,15 +200,15 @@ class EmbeddedRedis:
 
 
 def _socket_path(folder: Path) -> Path:
-    """In the home where its path is short enough, else in a private folder below the temporary one."""
+    """In the home where its path is short enough, else in a private folder (made at start) below the temporary one."""
     inside = folder / "redis.sock"
     if len(os.fsencode(inside)) <= _LONGEST_SOCKET_PATH:
         return inside
-    elsewhere = Path(tempfile.mkdtemp(prefix=_SOCKET_DIR_PREFIX)) / "redis.sock"
+    name = _SOCKET_DIR_PREFIX + secrets.token_hex(6)
+    elsewhere = Path(tempfile.gettempdir()) / name / "redis.sock"
     if len(os.fsencode(elsewhere)) <= _LONGEST_SOCKET_PATH:
         return elsewhere
-    elsewhere.parent.rmdir()
-    return Path(tempfile.mkdtemp(prefix=_SOCKET_DIR_PREFIX, dir="/tmp")) / "redis.sock"
+    return Path("/tmp") / name / "redis.sock"  # noqa: S108 - a private folder with a random name
 
 
 def _take_lock(path: Path) -> int:

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-_LOOK_S = 0.5
+_LOOK_S = 0.1
 _STOP_S = 15.0
 
 

@@ -210,3 +210,17 @@ def test_a_server_that_is_too_old_or_does_not_run_is_passed_over(tmp_path: Path)
         redis_binary.find_redis_binary(unfit)
     found = redis_binary.find_redis_binary([*unfit, *redis_binary.usual_places()])
     assert found.version >= (6, 2)
+
+
+@pytest.mark.parametrize("depth", [0, 60])
+def test_after_a_crash_of_the_server_a_start_brings_it_back_at_the_same_url(home: Path, depth: int) -> None:
+    server = EmbeddedRedis(home / ("d" * depth) / ("e" * depth))
+    server.start()
+    url = server.url
+    call(url, "SET", "kept", "yes")
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGKILL)
+    eventually(lambda: not server.alive)
+    server.start()
+    assert server.url == url and call(url, "GET", "kept") == b"yes"
+    server.stop()

@@ -72,7 +72,8 @@ end
 
 -- Above 80 % of maxmemory the batch class is refused, above 90 % all but high; running work goes on.
 local function gate()
-  local info = redis.call('INFO', 'memory')
+  local info = redis.pcall('INFO', 'memory')
+  if type(info) ~= 'string' then return end  -- a shared server may forbid it
   local used, most = string.match(info, 'used_memory:(%d+)'), tonumber(string.match(info, 'maxmemory:(%d+)'))
   local share = most > 0 and tonumber(used) / most or 0
   if share < 0.8 then return redis.call('DEL', $gate) end
