@@ -44,7 +44,7 @@ def _copy_missing(source: Path, target: Path) -> int:
         if place.exists():
             continue
         place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        partial = place.with_name(f"{place.name}.{os.getpid()}.partial")
+        partial = place.with_name(f"partial-{os.getpid()}")  # a library's own name may be as long as names can be
         try:
             shutil.copyfile(library, partial)
             partial.replace(place)
