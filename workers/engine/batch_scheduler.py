@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from workers.engine.sequence import Phase, Sequence, in_service_order
 
 MIN_CHUNK_TOKENS = 16
+MIN_IDLE_CHUNK_TOKENS = 128
 MAX_CHUNK_TOKENS = 2048
 IDLE_STALL_FACTOR = 4  # with no stream running, a chunk may take this many stalls: only cancels wait for it
 SMALLEST_CAPACITY = 64
@@ -179,10 +180,11 @@ class BatchScheduler:
         return tuple(Chunk(s, s.prefilled, count) for s, count in share.items() if count > 0)
 
     def _budget_tokens(self) -> int:
-        stall_s = max(self._limits.stall_s - self._debt_s, 0.0)
-        if not self.running:
-            stall_s = self._limits.stall_s * IDLE_STALL_FACTOR
-        return min(MAX_CHUNK_TOKENS, max(MIN_CHUNK_TOKENS, int(self._tokens_per_s * stall_s)))
+        if self.running:
+            least, stall_s = MIN_CHUNK_TOKENS, max(self._limits.stall_s - self._debt_s, 0.0)
+        else:
+            least, stall_s = MIN_IDLE_CHUNK_TOKENS, self._limits.stall_s * IDLE_STALL_FACTOR
+        return min(MAX_CHUNK_TOKENS, max(least, int(self._tokens_per_s * stall_s)))
 
 
 def _remaining(sequence: Sequence) -> int:

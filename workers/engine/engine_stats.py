@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(slots=True)
@@ -26,4 +26,7 @@ class EngineStats:
         self.prefill_tokens += tokens
 
     def as_dict(self) -> dict[str, float]:
-        return {name: float(value) for name, value in asdict(self).items()}
+        return {name: float(getattr(self, name)) for name in _NAMES}
+
+
+_NAMES = tuple(counter.name for counter in fields(EngineStats))

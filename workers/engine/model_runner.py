@@ -1,6 +1,6 @@
 """Forward passes: which lane a model can run in, prefill chunks, and the decode step, compiled once per shape.
 
-A compiled step exists per sampler variant; mx.compile keeps one trace per (rows, capacity). Engine thread only.
+mx.compile keeps one trace of the step per (rows, capacity). Engine thread only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PROBE_TOLERANCE = 0.05  # relative to the spread of the logits; a cache that is
 
 
 class StepOutput(NamedTuple):
-    """One decode step: tokens [rows] int32, their successors' offsets, KV arrays, edit arrays, raw logits."""
+    """One decode step: tokens [rows] int32, their successors' offsets, KV arrays, edit arrays, raw logits f32."""
 
     tokens: mx.array
     offsets: mx.array
@@ -35,8 +35,11 @@ class ModelRunner:
 
     def __init__(self, model: nn.Module, *, compile_steps: bool) -> None:
         self._model = model
-        self._compile = compile_steps
-        self._steps: dict[Variant, Callable[..., Any]] = {}  # mx.compile returns plain tuples
+        forward = partial(_forward, model)
+        self._forward: Callable[..., Any] = mx.compile(forward) if compile_steps else forward
+        # Where compiling means running g++, the sampler's dozens of kernels are not worth their start-up time.
+        self._compile_sampler = compile_steps and mx.metal.is_available()
+        self._samplers: dict[Variant, Callable[..., Any]] = {}
 
     def prefill(self, arrays: list[mx.array], tokens: list[list[int]], start: int) -> list[mx.array]:
         """KV arrays [rows, ...] with `tokens` appended from column `start` on; shorter rows are padded behind.
@@ -53,31 +56,26 @@ class ModelRunner:
         self, tokens: mx.array, offsets: mx.array, live: mx.array, arrays: list[mx.array], sampling: Sampling
     ) -> StepOutput:
         """One token for every row; `live` [rows] int32 is 1 for rows that hold a sequence."""
-        step = self._steps.get(sampling.variant)
-        if step is None:
-            step = partial(_decode, self._model, sampling.variant)
-            if self._compile:
-                step = mx.compile(step)
-            self._steps[sampling.variant] = step
-        outputs: Any = step(tokens, offsets, live, arrays, sampling.draw, sampling.edit)
-        return StepOutput(*outputs)
+        logits, next_offsets, new_arrays = self._forward(tokens, offsets, live, arrays)
+        drawn, edit = self._sampler(sampling.variant)(logits, offsets, sampling.draw, sampling.edit)
+        return StepOutput(drawn, next_offsets, new_arrays, edit, logits)
+
+    def _sampler(self, variant: Variant) -> Callable[..., Any]:
+        sampler = self._samplers.get(variant)
+        if sampler is None:
+            sampler = partial(sample, variant)
+            if self._compile_sampler:
+                sampler = mx.compile(sampler)
+            self._samplers[variant] = sampler
+        return sampler
 
 
-def _decode(
-    model: nn.Module,
-    variant: Variant,
-    tokens: mx.array,
-    offsets: mx.array,
-    live: mx.array,
-    arrays: list[mx.array],
-    draw: list[mx.array],
-    edit: list[mx.array],
-) -> StepOutput:
+def _forward(
+    model: nn.Module, tokens: mx.array, offsets: mx.array, live: mx.array, arrays: list[mx.array]
+) -> tuple[mx.array, mx.array, list[mx.array]]:
     layers = [SlotLayer(*pair, offsets) for pair in zip(arrays[::2], arrays[1::2], strict=True)]
     logits = model(tokens[:, None], cache=layers)[:, -1, :].astype(mx.float32)
-    drawn, edit = sample(variant, logits, offsets, draw, edit)
-    new_arrays = [array for layer in layers for array in (layer.keys, layer.values)]
-    return StepOutput(drawn, offsets + live, new_arrays, edit, logits)
+    return logits, offsets + live, [array for layer in layers for array in (layer.keys, layer.values)]
 
 
 def probe_slots(model: nn.Module) -> tuple[LayerShape, ...] | None:

@@ -38,7 +38,11 @@ def zeros(shapes: Items[LayerShape], rows: int, tokens: int) -> list[mx.array]:
 
 
 class SlotLayer:
-    """One layer of the working set as mlx_lm's models see a cache, for a step of one token per row."""
+    """One layer of the working set as mlx_lm's models see a cache, for a step of one token per row.
+
+    Nothing here may hold a number that changes with the shape: on Linux CPU mx.compile writes constants into C++
+    source, so each would cost a g++ run per shape.
+    """
 
     def __init__(self, keys: mx.array, values: mx.array, offsets: mx.array) -> None:
         self.keys = keys
@@ -46,8 +50,7 @@ class SlotLayer:
         self.offset = offsets
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        # A row past its end may still ride along for a step; it must not write past its columns.
-        column = mx.minimum(self.offset, self.keys.shape[2] - 1)[:, None, None, None]
+        column = self.offset[:, None, None, None]
         self.keys = mx.put_along_axis(self.keys, mx.broadcast_to(column, keys.shape), keys, axis=2)
         self.values = mx.put_along_axis(self.values, mx.broadcast_to(column, values.shape), values, axis=2)
         return self.keys, self.values

@@ -26,8 +26,8 @@ from workers.engine.slot_cache import LayerShape, SlotCache, zeros
 
 _SHRINK_AFTER_STEPS = 8
 _PREFILL_GROUP_ROWS = 8
-_WARM_CAPACITIES = 2
-_WARM_VARIANTS = (Variant(), Variant(draws=True), Variant(draws=True, filters=True))
+_WARM_CAPACITIES = 5
+_WARM_VARIANT = Variant(draws=True, filters=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,7 @@ class SlotLane:
         rows = 1
         while rows <= row_bucket(self.max_rows):
             for exponent in range(_WARM_CAPACITIES):
-                for variant in _WARM_VARIANTS:
-                    self._warm_step(rows, capacity_bucket(1) << exponent, variant)
+                self._warm_step(rows, capacity_bucket(1) << exponent)
             rows *= 2
         self.reset()
 
@@ -219,9 +218,9 @@ class SlotLane:
             self._device = _DeviceRows(tokens, offsets, live, build_sampling(self._rows, self._sizes.vocab_size))
         return self._device
 
-    def _warm_step(self, rows: int, capacity: int, variant: Variant) -> None:
+    def _warm_step(self, rows: int, capacity: int) -> None:
         blank = mx.zeros(rows, mx.int32)
-        sampling = build_sampling([None] * rows, self._sizes.vocab_size, variant)
+        sampling = build_sampling([None] * rows, self._sizes.vocab_size, _WARM_VARIANT)
         out = self._runner.decode(blank, blank, blank, zeros(self._shapes, rows, capacity), sampling)
         mx.eval(out.tokens, out.arrays)
 

@@ -1,0 +1,215 @@
+"""Who runs next, without a model: admission, chunk budgets, alternation, preemption, suspects."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduler.request import SamplingParams
+from workers.engine.batch_scheduler import (
+    MAX_CHUNK_TOKENS,
+    MIN_CHUNK_TOKENS,
+    MIN_IDLE_CHUNK_TOKENS,
+    BatchLimits,
+    BatchScheduler,
+    Decode,
+    Idle,
+    Prefill,
+    capacity_bucket,
+    row_bucket,
+)
+from workers.engine.sequence import Phase, Sequence
+
+
+class Silent:
+    stopped = False
+
+    def push(self, token_id: int) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+def _sequence(name: str, tokens: int, *, rank: int = 1, arrival: int = 0, index: int = 0) -> Sequence:
+    return Sequence(
+        job_id=name, attempt=1, index=index, prompt_ids=tuple(range(tokens)), params=SamplingParams(), text=Silent(),
+        token_limit=1000, stop_ids=frozenset(), priority_rank=rank, arrival=arrival,
+    )  # fmt: skip
+
+
+def _scheduler(rows: int = 4, slot_tokens: int = 1 << 20, stall_s: float = 0.1) -> BatchScheduler:
+    return BatchScheduler(BatchLimits(rows, slot_tokens, stall_s))
+
+
+def _start(scheduler: BatchScheduler, *sequences: Sequence) -> None:
+    """Bring sequences to running."""
+    for sequence in sequences:
+        scheduler.add(sequence)
+    for sequence in scheduler.admit():
+        sequence.prefilled = sequence.prefill_target
+        scheduler.promote(sequence)
+
+
+def _finish(decision: Prefill) -> None:
+    for chunk in decision.chunks:
+        chunk.sequence.prefilled += chunk.count
+
+
+def test_buckets_are_powers_of_two() -> None:
+    assert [row_bucket(rows) for rows in (1, 2, 3, 5, 8, 9)] == [1, 2, 4, 8, 8, 16]
+    assert [capacity_bucket(tokens) for tokens in (1, 64, 65, 128, 129)] == [64, 64, 128, 128, 256]
+
+
+def test_admission_is_in_order_of_class_and_arrival_up_to_the_rows() -> None:
+    scheduler = _scheduler(rows=2)
+    low, first, second = (
+        _sequence(name, 5, rank=rank, arrival=at) for name, rank, at in (("l", 2, 0), ("a", 1, 1), ("b", 1, 2))
+    )
+    for sequence in (low, first, second):
+        scheduler.add(sequence)
+    assert scheduler.admit() == [first, second]
+    assert (scheduler.busy_rows, scheduler.free_rows, scheduler.waiting) == (2, 0, [low])
+
+
+def test_what_does_not_fit_the_budget_waits_and_holds_back_the_rest() -> None:
+    scheduler = _scheduler(slot_tokens=256)
+    small, large, tiny = _sequence("s", 60), _sequence("l", 200, arrival=1), _sequence("t", 5, arrival=2)
+    for sequence in (small, large, tiny):
+        scheduler.add(sequence)
+    assert scheduler.admit() == [small]
+    scheduler.remove(small)
+    assert scheduler.admit() == [large]
+
+
+def test_a_sequence_larger_than_the_budget_runs_alone() -> None:
+    scheduler = _scheduler(slot_tokens=64)
+    scheduler.add(huge := _sequence("h", 500))
+    assert scheduler.admit() == [huge]
+
+
+def test_choices_of_a_job_prefill_one_after_the_other() -> None:
+    scheduler = _scheduler()
+    choices = [_sequence("job", 50, index=index) for index in range(3)]
+    for choice in choices:
+        scheduler.add(choice)
+    assert scheduler.admit() == choices[:1]
+    scheduler.promote(choices[0])
+    assert scheduler.admit() == choices[1:2]
+
+
+def test_prefill_and_decode_take_turns_while_streams_run() -> None:
+    scheduler = _scheduler()
+    _start(scheduler, _sequence("stream", 5))
+    scheduler.add(_sequence("long", 500, arrival=1))
+    scheduler.admit()
+    kinds: list[type] = []
+    for _ in range(6):
+        decision = scheduler.schedule()
+        kinds.append(type(decision))
+        if isinstance(decision, Prefill):
+            _finish(decision)
+    assert kinds == [Prefill, Decode] * 3
+
+
+def test_nothing_to_do_is_idle() -> None:
+    assert _scheduler().schedule() == Idle()
+
+
+def _budget(scheduler: BatchScheduler) -> int:
+    scheduler.add(long := _sequence("long", 100_000, arrival=9))
+    scheduler.admit()
+    decision = scheduler.schedule()
+    assert isinstance(decision, Prefill)
+    scheduler.remove(long)
+    return sum(chunk.count for chunk in decision.chunks)
+
+
+def test_the_chunk_is_what_the_measured_speed_does_in_the_stall_time() -> None:
+    scheduler = _scheduler(stall_s=0.1)
+    _start(scheduler, _sequence("stream", 5))
+    scheduler.observe_prefill(tokens=400, seconds=0.1)
+    assert _budget(scheduler) == 400
+
+
+def test_a_chunk_that_took_too_long_shortens_the_next() -> None:
+    scheduler = _scheduler(stall_s=0.1)
+    _start(scheduler, _sequence("stream", 5))
+    scheduler.observe_prefill(tokens=600, seconds=0.15)
+    assert _budget(scheduler) == 200
+
+
+def test_the_chunk_has_bounds() -> None:
+    assert _budget(_scheduler()) == MIN_IDLE_CHUNK_TOKENS
+    slow = _scheduler()
+    _start(slow, _sequence("stream", 5))
+    assert _budget(slow) == MIN_CHUNK_TOKENS
+    fast = _scheduler()
+    fast.observe_prefill(tokens=1_000_000, seconds=0.1)
+    assert _budget(fast) == MAX_CHUNK_TOKENS
+
+
+def test_the_first_in_order_gets_half_and_the_shortest_the_rest() -> None:
+    scheduler = _scheduler(stall_s=0.1)
+    _start(scheduler, _sequence("stream", 5))
+    scheduler.observe_prefill(tokens=100, seconds=0.1)
+    for name, tokens, arrival in (("first", 900, 1), ("long", 800, 2), ("short", 21, 3)):
+        scheduler.add(_sequence(name, tokens, arrival=arrival))
+    scheduler.admit()
+    decision = scheduler.schedule()
+    assert isinstance(decision, Prefill)
+    assert {chunk.sequence.job_id: chunk.count for chunk in decision.chunks} == {"first": 50, "short": 20, "long": 30}
+
+
+def test_the_victim_is_the_last_in_service_order_and_never_the_only_row() -> None:
+    scheduler = _scheduler(slot_tokens=128)
+    first, second = _sequence("a", 40), _sequence("b", 40, arrival=1)
+    _start(scheduler, first, second)
+    assert scheduler.victim() is None
+    first.emitted.extend(range(60))
+    assert scheduler.victim() is second
+    scheduler.send_back(second)
+    assert (second.phase, second.prefilled, scheduler.victim()) == (Phase.WAITING, 0, None)
+
+
+def test_a_suspect_runs_alone() -> None:
+    scheduler = _scheduler()
+    suspect, other = _sequence("s", 5), _sequence("o", 5, arrival=1)
+    suspect.suspect = True
+    scheduler.add(suspect)
+    scheduler.add(other)
+    assert scheduler.admit() == [suspect]
+    assert scheduler.admit() == []
+    suspect.suspect = False
+    assert scheduler.admit() == [other]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.integers(0, 3)), min_size=1, max_size=12),
+    st.integers(1, 4),
+    st.sampled_from([64, 512, 4096]),
+)
+def test_every_sequence_gets_its_prefill_and_its_row(work: list[tuple[int, int]], rows: int, slot_tokens: int) -> None:
+    scheduler = _scheduler(rows=rows, slot_tokens=slot_tokens)
+    sequences = [_sequence(f"job-{at}", tokens, rank=rank, arrival=at) for at, (tokens, rank) in enumerate(work)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    done: list[Sequence] = []
+    for _ in range(2000):
+        if not scheduler.has_work:
+            break
+        scheduler.admit()
+        for sequence in [s for s in scheduler.prefilling if s.prefilled == s.prefill_target]:
+            scheduler.promote(sequence)
+        assert scheduler.busy_rows <= rows
+        decision = scheduler.schedule()
+        if isinstance(decision, Prefill):
+            assert all(
+                0 < chunk.count <= s.prefill_target - s.prefilled for chunk in decision.chunks for s in [chunk.sequence]
+            )
+            _finish(decision)
+        elif isinstance(decision, Decode):
+            done.append(scheduler.running[0])
+            scheduler.remove(done[-1])
+    assert sorted(sequence.job_id for sequence in done) == sorted(sequence.job_id for sequence in sequences)
+    assert scheduler.free_slot_tokens == slot_tokens and scheduler.free_rows == rows
