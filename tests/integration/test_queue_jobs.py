@@ -177,13 +177,27 @@ async def test_the_bell_wakes_exactly_one_waiting_worker(queue: JobQueue, redis:
     await asyncio.gather(*waiting, return_exceptions=True)
 
 
-async def test_a_claim_that_leaves_work_behind_rings_for_the_next_worker(queue: JobQueue) -> None:
+async def test_a_claim_that_leaves_work_behind_rings_for_the_next_worker(queue: JobQueue, redis: Redis) -> None:
     for _ in range(2):
         await enqueue(queue)
     await queue.wait_for_work(POOL, 5)
+    assert await ask(redis, "ZCARD", queue.keys.bell(POOL)) == 0
     await claim(queue, rows=1)
-    await queue.wait_for_work(POOL, 5)  # returns: rung by the claim
-    assert len(await claim(queue, "other:1", rows=1)) == 1
+    assert await ask(redis, "ZCARD", queue.keys.bell(POOL)) == 1
+    await queue.wait_for_work(POOL, 5)
+    await claim(queue, "other:1", rows=1)
+    assert await ask(redis, "ZCARD", queue.keys.bell(POOL)) == 0
+
+
+async def test_a_bell_that_got_lost_is_rung_again_by_the_sweep(queue: JobQueue, redis: Redis) -> None:
+    await enqueue(queue)
+    await ask(redis, "DEL", queue.keys.bell(POOL))
+
+    async def rung() -> bool:
+        await queue.sweep()
+        return await ask(redis, "ZCARD", queue.keys.bell(POOL)) == 1
+
+    await wait_until(rung)
 
 
 async def test_the_lifecycle_routes_queues_and_completes_a_request(
