@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from api.cli.api_client import ApiClient
-from api.cli.plain_text import printable
+from api.cli.plain_text import write_answer
 from scheduler.errors import InternalError, InvalidRequest, from_code
 from scheduler.settings import Settings
 
@@ -60,8 +60,7 @@ def answer_once(client: ApiClient, conversation: Conversation, question: str) ->
     conversation.turns.append({"role": "user", "content": question.removesuffix("\n")})
     for piece in answer_pieces(client, conversation):
         if piece.kind == "answer":
-            sys.stdout.write(printable(piece.text) if sys.stdout.isatty() else piece.text)
-            sys.stdout.flush()
+            write_answer(piece.text)
     sys.stdout.write("\n")
 
 

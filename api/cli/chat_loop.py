@@ -66,21 +66,24 @@ class ChatLoop:
             case "/system":
                 self._talk.system = value or None
                 self._note("The model is told that first." if value else "The model is told nothing first.")
-            case "/model" if value:
-                self._talk.model = value
-                self._note(f"Going on with {value}.")
             case "/model":
-                self._show_models()
+                self._switch_model(value)
             case "/help":
                 self._note(HELP)
             case _:
                 self._note(f"{name} is no command; /help shows them.")
 
-    def _show_models(self) -> None:
+    def _switch_model(self, name: str) -> None:
         try:
-            self._note("Served: " + ", ".join(self._served()))
+            served = self._served()
         except SpillwayError as error:
             self._complain(error)
+            return
+        if name not in {"default", *served}:
+            self._note(f"Served: {', '.join(served)}" + (f"; {name} is not." if name else "."))
+            return
+        self._talk.model = name
+        self._note(f"Going on with {name}.")
 
     def _exchange(self, line: str) -> None:
         self._talk.turns.append({"role": "user", "content": line})

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from api.cli.options import ApiKey, Home, Json, Url, settings_with
-from api.cli.plain_text import printable, wide_console
+from api.cli.plain_text import printable, wide_console, write_answer
 from scheduler.errors import from_code
 
 if TYPE_CHECKING:
@@ -120,8 +120,7 @@ def _show_event(name: str, event: dict[str, Any]) -> None:
     match name:
         case "delta":
             for choice in event["choices"]:
-                sys.stdout.write(printable(choice["text"]))
-            sys.stdout.flush()
+                write_answer(choice["text"])
         case "finished":
             sys.stdout.write("\n")
         case "failed":

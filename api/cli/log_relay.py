@@ -18,7 +18,8 @@ from scheduler.telemetry import redact, render_human
 
 FILE_BYTES = 10 * 2**20
 FILES_KEPT = 5
-_LOUD = frozenset({"warning", "error", "critical"})
+# What is critical ends the start, and `up` itself says it last.
+_LOUD = frozenset({"warning", "error"})
 
 
 @dataclass(slots=True)

@@ -45,8 +45,9 @@ class Readiness:
             workers = await self._workers_ready(supervisor, view)
             if await self._answers("/livez") and not view.is_done("api"):
                 view.done("api", str(self._http.base_url))
-            if workers and await self._answers("/readyz"):
+            if view.has_spoken("scheduler") and not view.is_done("scheduler"):
                 view.done("scheduler")
+            if workers and view.is_done("scheduler") and await self._answers("/readyz"):
                 return
             await asyncio.sleep(_POLL_S)
 

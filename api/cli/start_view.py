@@ -14,7 +14,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-State = Literal["waiting", "working", "done", "failed"]
+State = Literal["working", "done", "failed"]
 
 
 @dataclass(slots=True)
@@ -22,7 +22,7 @@ class Part:
     """One line of the display."""
 
     name: str
-    state: State = "waiting"
+    state: State
     detail: str = ""
 
 
@@ -67,6 +67,10 @@ class StartView:
             if part.state == "working":
                 part.state = "failed"
 
+    def has_spoken(self, name: str) -> bool:
+        """Whether the part has logged anything yet."""
+        return bool(self._doing(name))
+
     def is_done(self, name: str) -> bool:
         return name in self._parts and self._parts[name].state == "done"
 
@@ -90,5 +94,3 @@ class StartView:
                 return Text("✓", style="green")
             case "failed":
                 return Text("✗", style="red")
-            case "waiting":
-                return Text("·", style="dim")

@@ -1,0 +1,121 @@
+"""How `spillway up` ends: stopped, killed, or unable to start, it leaves nothing; and the next start finds its way."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.service import Service, alive, environment, free_port, launch, stop, wait_until_ready
+from tests.tiny_model import write_tiny_model
+
+QUIET = {"SPILLWAY_COMPILE": "false"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
+
+
+def until(true: Callable[[], bool], within_s: float = 30.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < deadline, "did not come true in time"
+        time.sleep(0.05)
+
+
+def family(service: Service) -> dict[int, str]:
+    """Every process below this `up`: api, scheduler, worker, engine, redis and its guard."""
+    found: dict[int, str] = {}
+    for child in psutil.Process(service.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found[child.pid] = " ".join(child.cmdline())
+    return found
+
+
+def pid_of(service: Service, name: str) -> int:
+    processes = json.loads((service.home / "run.json").read_text())["processes"]
+    return next(process["pid"] for process in processes if process["name"] == name)
+
+
+def assert_nothing_left(home: Path, pids: dict[int, str]) -> None:
+    assert {pid: what for pid, what in pids.items() if alive(pid)} == {}
+    left = [path for path in home.rglob("*") if path.is_socket() or path.is_fifo()]
+    assert left == []
+    assert not (home / "run.json").exists()
+    assert list((home / "tmp").iterdir()) == []
+
+
+def test_killed_then_started_again_then_stopped(tmp_path: Path, model: str) -> None:
+    """One home through kill -9 of `up`, a start that recovers, crashes of single parts, and a clean stop."""
+    home, port = tmp_path / "home", free_port()
+    first = launch(home, port, "--model", model, **QUIET)
+    wait_until_ready(first)
+    orphans = family(first)
+    assert any("redis-server" in what for what in orphans.values())
+    assert any("workers.engine" in what for what in orphans.values())
+    first.process.kill()
+    first.process.wait()
+
+    second = launch(home, port, "--model", model, **QUIET)  # at once, while the orphans still notice
+    try:
+        wait_until_ready(second)
+        assert {pid: what for pid, what in orphans.items() if alive(pid)} == {}
+        assert list(home.rglob("*.sock")) != []
+        _survives_the_death_of_parts(second)
+        members = family(second)
+    finally:
+        assert stop(second) == 0
+    assert_nothing_left(home, members)
+
+
+def _survives_the_death_of_parts(service: Service) -> None:
+    scheduler = pid_of(service, "scheduler")
+    redis = next(
+        pid for pid, what in family(service).items() if what.endswith("redis-server") or "redis-server unix" in what
+    )
+    psutil.Process(scheduler).kill()
+    psutil.Process(redis).kill()
+    until(lambda: pid_of(service, "scheduler") != scheduler)
+    until(lambda: any("redis-server" in what for pid, what in family(service).items() if pid != redis))
+    wait_until_ready(service)
+    note = json.loads((service.home / "run.json").read_text())
+    assert {process["name"]: process["restarts"] for process in note["processes"]}["scheduler"] >= 1
+
+
+def test_a_model_that_is_not_there_ends_the_start_with_one_line(tmp_path: Path) -> None:
+    service = launch(tmp_path / "home", free_port(), "--model", "/no/such/model", **QUIET)
+    assert service.process.wait(timeout=60) == 1
+    plain = [line for line in service.said().splitlines() if not line.startswith("{")]
+    assert len(plain) == 1
+    assert "/no/such/model" in plain[0]
+    assert_nothing_left(tmp_path / "home", {})
+
+
+def test_ctrl_c_during_the_start_leaves_nothing(tmp_path: Path, model: str) -> None:
+    service = launch(tmp_path / "home", free_port(), "--model", model, **QUIET)
+    until(lambda: "worker" in service.said() or service.process.poll() is not None)
+    members = family(service)
+    service.process.send_signal(signal.SIGINT)
+    assert service.process.wait(timeout=60) == 0
+    assert_nothing_left(tmp_path / "home", members)
+
+
+def test_spillway_stop_waits_for_the_end(tmp_path: Path, model: str) -> None:
+    home = tmp_path / "home"
+    service = launch(home, free_port(), "--model", model, **QUIET)
+    until(lambda: (home / "run.json").exists() or service.process.poll() is not None)
+    members = family(service) | {service.process.pid: "up"}
+    command = [sys.executable, "-m", "api.cli", "stop", "--home", str(home)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=90, check=False)
+    service.process.wait(timeout=5)
+    assert (done.returncode, done.stdout) == (0, f"Stopped (pid {service.process.pid}).\n"), done.stderr
+    assert {pid: what for pid, what in members.items() if alive(pid)} == {}
