@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import os
 import socket
 import threading
 import time
@@ -25,7 +26,9 @@ from api import server
 from api.main import create_app
 from api.services import Services
 from scheduler.db.schema import migrate
+from scheduler.queue.connection import connect
 from scheduler.queue.embedded import EmbeddedRedis
+from scheduler.queue.fleet import Fleet
 from scheduler.queue.job_queue import JobQueue
 from scheduler.queue.keys import Keys
 from scheduler.settings import Settings
@@ -89,7 +92,7 @@ class Answer:
 
 @dataclass(slots=True)
 class Stage:
-    """A running API; `stop_server` begins its drain."""
+    """A running API."""
 
     settings: Settings
     loop: asyncio.AbstractEventLoop
@@ -100,6 +103,10 @@ class Stage:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.settings.port}"
+
+    def stop(self) -> None:
+        """Begin to stop, as on SIGTERM."""
+        self.stop_server()
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the stage's loop."""
@@ -138,13 +145,16 @@ class Stage:
 
 @contextmanager
 def running_api(redis_url: str, home: Path, *, workers: int = 1, **settings: Any) -> Iterator[Stage]:
-    """A stage with its own home and its own shard of the Redis."""
+    """A stage with its own home and its own shard of the Redis; it stops as a child of `spillway up` does."""
+    reading, writing = os.pipe()
     shard = f"t{time.monotonic_ns() % 10**12}"
-    chosen = Settings(home=home, redis_url=redis_url, port=free_port(), **{"shard": shard, "drain_s": 0, **settings})
+    given: dict[str, Any] = {"shard": shard, "drain_s": 0, "redis_wait_s": 0, "parent_pipe": reading, **settings}
+    chosen = Settings(home=home, redis_url=redis_url, port=free_port(), **given)
     chosen.home.mkdir(parents=True, exist_ok=True)
     migrate(chosen)
     ready: list[Stage | BaseException] = []
-    thread = threading.Thread(target=_run, args=(chosen, workers, ready), name="api-stage", daemon=True)
+    stop = _closer(writing)
+    thread = threading.Thread(target=_run, args=(chosen, workers, stop, ready), name="api-stage", daemon=True)
     thread.start()
     try:
         wait_until(lambda: ready)
@@ -153,41 +163,59 @@ def running_api(redis_url: str, home: Path, *, workers: int = 1, **settings: Any
             raise stage
         yield stage
     finally:
-        if ready and isinstance(ready[0], Stage):
-            ready[0].loop.call_soon_threadsafe(ready[0].stop_server)
+        stop()
         thread.join(timeout=30)
         assert not thread.is_alive(), "the API did not stop"
 
 
-def _run(settings: Settings, workers: int, ready: list[Stage | BaseException]) -> None:
+def _closer(descriptor: int) -> Callable[[], None]:
+    left = [descriptor]
+
+    def close() -> None:
+        while left:
+            os.close(left.pop())
+
+    return close
+
+
+def _run(settings: Settings, workers: int, stop: Callable[[], None], ready: list[Stage | BaseException]) -> None:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
-            runner.run(_serve(settings, workers, ready))
+            runner.run(_serve(settings, workers, stop, ready))
         except BaseException as error:
             ready.append(error)
 
 
-async def _serve(settings: Settings, workers: int, ready: list[Stage | BaseException]) -> None:
+async def _serve(
+    settings: Settings, workers: int, stop: Callable[[], None], ready: list[Stage | BaseException]
+) -> None:
     app = create_app(settings)
-    async with app.router.lifespan_context(app):
-        with server.listening_socket(settings.host, settings.port) as listener:
-            running = server.DrainingServer(server.uvicorn_config(app, settings), app.state.drain, settings.drain_s)
-            services: Services = app.state.services
-            stage = Stage(settings, asyncio.get_running_loop(), services, running.stop)
-            async with _workers(stage, workers), asyncio.TaskGroup() as group:
-                group.create_task(running.serve([listener]))
-                ready.append(stage)
+    serving = asyncio.create_task(server.run(app, settings))
+    while not serving.done() and not _accepts(settings.port):  # noqa: ASYNC110 - a port gives no event
+        await asyncio.sleep(0.01)
+    if serving.done():
+        serving.result()
+    stage = Stage(settings, asyncio.get_running_loop(), app.state.services, stop)
+    async with _workers(stage, workers):
+        ready.append(stage)
+        await serving
+
+
+def _accepts(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @asynccontextmanager
 async def _workers(stage: Stage, count: int) -> AsyncIterator[None]:
     async with contextlib.AsyncExitStack() as stack:
+        redis = connect(stage.settings, "command")
+        stack.push_async_callback(redis.aclose)
+        fleet = Fleet(redis, stage.settings)
         for position in range(count):
-            services = stage.services
-            # of its own: a queue remembers its worker's claim in progress
-            queue = JobQueue(services.redis, stage.settings)
+            queue = JobQueue(redis, stage.settings)  # of its own: it remembers its worker's claim in progress
             stack.push_async_callback(queue.aclose)
-            worker = ScriptedWorker(queue, services.fleet, stage.settings, f"scripted-{position}")
+            worker = ScriptedWorker(queue, fleet, stage.settings, f"scripted-{position}")
             stage.workers.append(worker)
             await worker.publish()
             await stack.enter_async_context(worker.running())
