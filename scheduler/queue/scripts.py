@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import MasterDownError, NoScriptError, OutOfMemoryError, ReadOnlyError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from scheduler.errors import QueueUnavailable
@@ -25,9 +25,9 @@ from scheduler.queue.keys import lua_names
 _FOLDER = Path(__file__).parent / "lua"
 Argument = str | bytes | int | float
 
-_REFUSAL = re.compile(
-    r"\b(OOM command|command not allowed when used memory|MISCONF|READONLY|NOREPLICAS|BUSY|MASTERDOWN)\b"
-)
+# Plain commands are refused with a class of their own, or, inside a script, with the words in the middle.
+_REFUSED = (OutOfMemoryError, ReadOnlyError, MasterDownError)
+_REFUSAL = re.compile(r"command not allowed when used memory|\b(MISCONF|READONLY|NOREPLICAS|BUSY|MASTERDOWN)\b")
 CALL_TIMEOUT_S = 10.0  # one call with all its retries
 
 
@@ -69,14 +69,14 @@ async def available(call: Awaitable[Any], what: str) -> Any:
     except (RedisConnectionError, RedisTimeoutError, TimeoutError) as error:
         raise QueueUnavailable(f"Redis did not answer ({what}): {error or type(error).__name__}") from error
     except ResponseError as error:
-        if not _REFUSAL.search(str(error)):
+        if not (isinstance(error, _REFUSED) or _REFUSAL.search(str(error))):
             raise
         raise QueueUnavailable(f"Redis refuses to write ({what}): {error}", retry_after_s=5) from error
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether Redis refused for maxmemory. A script's error wraps the words: `… @user_script: 9: -OOM command …`."""
-    return isinstance(error, ResponseError) and "OOM command not allowed" in str(error)
+    """Whether Redis refused for maxmemory; in a script's error these words stand in the middle."""
+    return isinstance(error, ResponseError) and "command not allowed when used memory" in str(error)
 
 
 ENQUEUE: Final = Script("enqueue", "ready")

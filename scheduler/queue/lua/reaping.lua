@@ -1,5 +1,19 @@
 -- What happens to the jobs of a worker that is gone.
 
+-- {id, job} of all that the worker runs, in the order in which they once were queued.
+local function held_jobs(worker)
+  local held = {}
+  for _, id in ipairs(redis.call('HKEYS', $own .. worker)) do
+    local job = load_job(id)
+    if job and job.state == 'running' and job.worker == worker then
+      local ms, seq = string.match(job.sid, '^(%d+)%-(%d+)')
+      held[#held + 1] = { id = id, job = job, at = tonumber(ms), seq = tonumber(seq) }
+    end
+  end
+  table.sort(held, function(a, b) return a.at < b.at or (a.at == b.at and a.seq < b.seq) end)
+  return held
+end
+
 local function forget_worker(worker)
   for _, stream in ipairs(redis.call('SMEMBERS', $touched .. worker)) do
     redis.pcall('XGROUP', 'DELCONSUMER', stream, $group, worker)
@@ -21,17 +35,12 @@ local function lose(id, job, now, ends, limits)
   return requeue(id, job, now, ends, limits.keep_ms)
 end
 
--- All jobs of a worker go on elsewhere, oldest first. Returns counts by what became of them.
+-- All jobs of a worker go on elsewhere. Returns counts by what became of them.
 local function reap(worker, now, ends, limits)
   local fates = { queued = 0, cancelled = 0, expired = 0, dead = 0 }
-  local ids = redis.call('HKEYS', $own .. worker)
-  table.sort(ids)
-  for _, id in ipairs(ids) do
-    local job = load_job(id)
-    if job and job.state == 'running' and job.worker == worker then
-      local fate = lose(id, job, now, ends, limits)
-      fates[fate] = fates[fate] + 1
-    end
+  for _, held in ipairs(held_jobs(worker)) do
+    local fate = lose(held.id, held.job, now, ends, limits)
+    fates[fate] = fates[fate] + 1
   end
   forget_worker(worker)
   return fates

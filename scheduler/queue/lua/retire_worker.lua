@@ -1,15 +1,11 @@
--- A worker leaves cleanly: what it still holds is handed back, its lease and its traces go.
+-- A worker leaves cleanly: what it still holds is handed back, its lease and its traces go. Returns how many it held.
 local worker, keep_ms, ends = ARGV[1], tonumber(ARGV[2]), ends_from(3)
 redis.call('PEXPIRE', $own .. worker, $slack_ms)  -- always allowed, so that the script passes at maxmemory
-local now, ids = now_ms(), redis.call('HKEYS', $own .. worker)
-table.sort(ids)
-for _, id in ipairs(ids) do
-  local job = load_job(id)
-  if job and job.state == 'running' and job.worker == worker then
-    release(id, job)
-    redis.call('HSET', $job .. id, 'ended', worker .. ' ' .. job.attempt, 'handed', job.handed + 1)
-    requeue(id, job, now, ends, keep_ms)
-  end
+local now, held = now_ms(), held_jobs(worker)
+for _, one in ipairs(held) do
+  release(one.id, one.job)
+  redis.call('HSET', $job .. one.id, 'ended', worker .. ' ' .. one.job.attempt, 'handed', one.job.handed + 1)
+  requeue(one.id, one.job, now, ends, keep_ms)
 end
 forget_worker(worker)
-return #ids
+return #held
