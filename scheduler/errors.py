@@ -150,7 +150,7 @@ def _tree(root: type[SpillwayError]) -> dict[str, type[SpillwayError]]:
     found: dict[str, type[SpillwayError]] = {}
     for child in root.__subclasses__():
         found.update(_tree(child))
-    found[root.code] = root
+    found.setdefault(root.code, root)  # a base that shares its code with a leaf gives way
     return found
 
 

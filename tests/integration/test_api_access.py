@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,7 +40,7 @@ def redis_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def open_stage(redis_of_module: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     home = tmp_path_factory.mktemp("open") / "home"
-    listed = {"allowed_hosts": "studio.local, box.lan:9000", "allowed_origins": "https://ui.example"}
+    listed: dict[str, Any] = {"allowed_hosts": "studio.local, box.lan:9000", "allowed_origins": "https://ui.example"}
     with running_api(redis_of_module, home, **listed) as stage:
         yield stage
 

@@ -47,7 +47,7 @@ def test_not_ready_names_what_is_missing(tmp_path_factory: pytest.TempPathFactor
 def test_without_redis_requests_fail_at_once_and_the_probe_says_so(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("no-redis")
     with running_redis(folder / "redis") as url, running_api(url, folder / "home", workers=0) as stage:
-        pid = int(stage.call(stage.services.redis.info("server"))["process_id"])
+        pid = stage.call(redis_pid(stage))
         os.kill(pid, signal.SIGSTOP)
         try:
             answer = stage.request("GET", "/readyz")
@@ -160,6 +160,10 @@ def test_sigterm_ends_the_process_cleanly_after_its_streams(tmp_path: Path) -> N
     lines = [json.loads(line) for line in log.splitlines()]
     assert any(line["event"] == "request" and line.get("job", "").startswith("job-") for line in lines)
     assert not [line for line in lines if line["level"] in ("warning", "error", "critical")]
+
+
+async def redis_pid(stage: Stage) -> int:
+    return int((await stage.services.redis.info("server"))["process_id"])
 
 
 def answers(stage: Stage) -> bool:
