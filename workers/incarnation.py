@@ -111,6 +111,9 @@ class Incarnation:
         visible = await self._persist(lambda: self._parts.lifecycle.progress(job.id)) if job.attempt > 1 else ()
         if visible is None:  # over before Redis answered: the lease decides who goes on with the job
             return
+        older = self._outbox.get(job.id)
+        if older is not None:  # the lease was lost and won again between two heartbeats
+            await self._drop(older)
         with log_context(job=job.id):
             _log.debug("job begins", attempt=job.attempt, tokens_before=sum(len(one.token_ids) for one in visible))
         self._outbox.hold(job)
