@@ -149,8 +149,6 @@ class Incarnation:
         self._outbox.confirm()
         if result.lease_lost:
             _log.warning("lease lost; its jobs went to other workers", jobs=len(self._outbox))
-            for job in self._outbox.jobs:
-                await self._drop(job)
             self._end(Ending.LEASE_LOST)
             return
         for job_id in result.fenced:
@@ -241,16 +239,25 @@ class Incarnation:
             _log.info("jobs go on elsewhere", jobs=count)
 
     async def _leave(self) -> None:
-        """What is held goes back to the queue (drained) or was given up already; then lease and entry go."""
+        """Nothing stays behind in the backend or in Redis; a claim may have come in after the end."""
+        lifecycle = self._parts.lifecycle
         try:
-            if self._ending is Ending.DRAINED:
-                await self._hand_back()
-                await self._parts.lifecycle.retire(self.id)
-            elif self._ending is Ending.BACKEND_DIED:
-                await self._parts.lifecycle.worker_died(self.id)  # a claim may have been under way at the first
+            match self._ending:
+                case Ending.DRAINED:
+                    await self._hand_back()
+                    await lifecycle.retire(self.id)
+                case Ending.LEASE_LOST:
+                    await self._forget_jobs()
+                    await lifecycle.retire(self.id)
+                case Ending.BACKEND_DIED:
+                    await lifecycle.worker_died(self.id)
             await self._parts.fleet.withdraw(self.id)
         except QueueUnavailable as error:
             _log.warning("left without saying so; the lease expires by itself", reason=error.message)
+
+    async def _forget_jobs(self) -> None:
+        for job in self._outbox.jobs:
+            await self._drop(job)
 
     async def _hand_back(self) -> None:
         """Show what was computed, then let others continue after it."""
