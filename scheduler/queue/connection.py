@@ -27,9 +27,21 @@ EMBEDDED_STATE = "redis/embedded.json"  # below SPILLWAY_HOME: how other process
 MIN_VERSION = (6, 2)
 _RETRY_S = 0.3
 _TIMEOUT_S: dict[Role, float | None] = {"command": 4.0, "blocking": 15.0, "pubsub": None}
-_POOL_SIZE: dict[Role, int] = {"command": 64, "blocking": 64, "pubsub": 4}
+_CONCURRENT = 64  # commands of one client in flight, hence its connections; further ones wait
 
 log = get_logger(__name__)
+
+
+class _BoundedRedis(Redis):
+    """In a burst, commands wait for a connection; redis-py's own pool fails, and its blocking one leaks on a cancel."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)  # pyright: ignore[reportUnknownMemberType]
+        self._slots = asyncio.Semaphore(_CONCURRENT)
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        async with self._slots:
+            return await super().execute_command(*args, **options)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +74,7 @@ def connect(settings: Settings, role: Role) -> Redis:
         "decode_responses": False,
         "socket_timeout": _TIMEOUT_S[role],
         "socket_connect_timeout": 4.0,
-        "max_connections": _POOL_SIZE[role],
+        "max_connections": _CONCURRENT + 16,  # pipelines and pub/sub take theirs beside the commands
         "retry": Retry(ExponentialBackoff(cap=0.5, base=0.02), 0 if role == "pubsub" else 4),
         "lib_name": None,
         "lib_version": None,
@@ -71,7 +83,7 @@ def connect(settings: Settings, role: Role) -> Redis:
     if not url.startswith("unix://"):
         options["socket_keepalive"] = True
     try:
-        return Redis.from_url(url, **options)  # pyright: ignore[reportUnknownMemberType]
+        return _BoundedRedis.from_url(url, **options)  # pyright: ignore[reportUnknownMemberType]
     except ValueError as error:
         raise StartupError(f"SPILLWAY_REDIS_URL: {error}") from error
 

@@ -1,7 +1,7 @@
 """The queue as Python sees it: one method per script, typed in and out. Called by lifecycle.py and by readers.
 
-State lives in Redis only; this object keeps nothing but the number of each worker's claim in progress, so that a
-claim whose reply got lost can be asked again instead of leaving jobs with a worker that does not know of them.
+State lives in Redis only; this object keeps nothing but the number of a worker's claim that got no reply: its next
+claim asks the same again, instead of leaving jobs with a worker that does not know of them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class JobQueue:
         self.keys = Keys(settings.shard)
         self._prefix = self.keys.prefix
         self._keep_ms = settings.job_retention_s * 1000
-        self._nonces: dict[str, str] = {}
+        self._unanswered: dict[str, str] = {}
         self._blocking: Redis | None = None
 
     async def aclose(self) -> None:
@@ -91,18 +91,13 @@ class JobQueue:
         self, worker: str, pool: str, capacity_rows: int, total_rows: int, kv_tokens: int
     ) -> list[ClaimedJob]:
         """Jobs for this worker, best first, as many as fit; renews (or starts) its lease also when there are none."""
-        nonce = self._nonces.setdefault(worker, secrets.token_hex(6))
-        reply = await self._run(
-            scripts.CLAIM,
-            worker,
-            self._settings.lease_ttl_ms,
-            nonce,
-            quoted(pool),
-            capacity_rows,
-            total_rows,
-            kv_tokens,
-        )
-        del self._nonces[worker]
+        nonce = self._unanswered.pop(worker, None) or secrets.token_hex(6)
+        room = (capacity_rows, total_rows, kv_tokens)
+        try:
+            reply = await self._run(scripts.CLAIM, worker, self._settings.lease_ttl_ms, nonce, quoted(pool), *room)
+        except BaseException:
+            self._unanswered[worker] = nonce
+            raise
         return [claimed_job(row) for row in reply]
 
     async def wait_for_work(self, pool: str, timeout_s: float) -> None:

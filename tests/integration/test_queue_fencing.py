@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from redis.asyncio import Redis
 
@@ -132,14 +134,12 @@ async def test_a_claim_whose_reply_got_lost_is_answered_the_same_again(queue: Jo
     first = await claim(queue, rows=2)
     last = await redis.get(queue.keys.of("lastclaim", WORKER))
     assert last is not None
-    queue._nonces[WORKER] = last.split()[0].decode()  # pyright: ignore[reportPrivateUsage] - as after a lost reply
+    queue._unanswered[WORKER] = last.split()[0].decode()  # pyright: ignore[reportPrivateUsage] - as after a lost reply
     assert await claim(queue, rows=2) == first
     assert len(await claim(queue, rows=2)) == 1
 
 
 async def test_sixty_four_concurrent_claims_give_each_job_to_one_worker(queue: JobQueue) -> None:
-    import asyncio
-
     ids = {await enqueue(queue) for _ in range(100)}
     got = await asyncio.gather(*(claim(queue, f"w:{number}", rows=2) for number in range(64)))
     claimed = [job.id for jobs in got for job in jobs]
@@ -164,3 +164,9 @@ async def test_after_flushall_everything_of_a_worker_is_fenced(queue: JobQueue, 
     assert result.lease_lost and result.fenced == {job.id}
     assert not await succeed(queue, job)
     assert await queue.view(job.id) is None
+
+
+async def test_a_burst_of_a_thousand_calls_waits_for_connections_and_loses_none(queue: JobQueue, redis: Redis) -> None:
+    await asyncio.gather(*(enqueue(queue) for _ in range(1000)))
+    assert sum((await queue.depths()).values()) == 1000
+    assert (await redis.info("clients"))["connected_clients"] <= 100

@@ -72,7 +72,7 @@ async def test_streams_go_on_after_redis_was_killed_and_restarted(server: Embedd
 
 
 async def test_a_server_that_stood_still_past_the_lease_loses_no_worker(server: EmbeddedRedis) -> None:
-    settings = Settings(redis_url=server.url, shard=SHARD, lease_ttl_ms=400, sweep_interval_ms=50)
+    settings = Settings(redis_url=server.url, shard=SHARD, lease_ttl_ms=800, sweep_interval_ms=50)
     client = connect(settings, "command")
     queue = JobQueue(client, settings)
     await enqueue(queue)
@@ -85,7 +85,7 @@ async def test_a_server_that_stood_still_past_the_lease_loses_no_worker(server: 
     assert server.pid is not None
     os.kill(server.pid, signal.SIGSTOP)
     sweeping = asyncio.create_task(queue.sweep())
-    await asyncio.sleep(0.8)  # twice the lease: the time itself is what is tested
+    await asyncio.sleep(1.6)  # twice the lease: the time itself is what is tested
     os.kill(server.pid, signal.SIGCONT)
     result = await sweeping
     assert result.graced == 1 and result.workers == 0
