@@ -146,3 +146,28 @@ async def test_a_model_that_cannot_be_served_ends_the_process_with_its_reason(wo
     assert await worker.exit_status(within_s=60) == 2
     last = json.loads(worker.said().splitlines()[-1])
     assert last["level"] == "critical" and "'/no/such/model' is not a directory" in last["event"]
+
+
+async def test_one_process_serves_several_models_in_their_order(workers: Workers, client: Client, fleet: Fleet) -> None:
+    await workers.ensure(0, fleet)
+    other = write_tiny_model(workers.model_path.parent / "other", context_tokens=256)
+    worker = workers.start(str(other), str(workers.model_path))
+
+    async def both() -> bool:
+        return len(await fleet.workers()) == 2
+
+    await wait_until(both, within_s=90)
+    assert [(card.id, card.position) for card in await fleet.models()] == [("other", 0), ("tiny", 1)]
+    assert len({view.engine_pid for view in await fleet.workers()}) == 2
+    assert isinstance((await client.answer("to the second")).end, Finished)
+    worker.kill()
+
+
+async def test_a_model_that_fails_ends_the_process_but_first_the_other_hands_its_jobs_back(
+    workers: Workers, fleet: Fleet
+) -> None:
+    await workers.ensure(0, fleet)
+    worker = workers.start(str(workers.model_path), "/no/such/model")
+    assert await worker.exit_status(within_s=90) == 2
+    assert await fleet.workers() == []
+    assert "'/no/such/model' is not a directory" in worker.said().splitlines()[-1]
