@@ -46,6 +46,7 @@ class EngineConfig:
     kv_budget_bytes: int | None = None
     prefill_stall_ms: int = 120
     compile: bool = True
+    wired: bool = False  # pin memory on Metal; never forced, see metal.py
 
     @staticmethod
     def from_settings(settings: Settings) -> EngineConfig:
@@ -81,6 +82,7 @@ class Engine:
     """All methods on the engine thread."""
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
+        metal.configure_device(wired=config.wired)
         self._loaded = loaded
         self._limits = SequenceLimits(loaded.context_tokens, loaded.eos_ids)
         self.lane: Lane = choose_lane(

@@ -7,7 +7,7 @@ from workers.engine import metal
 from workers.engine.batch_scheduler import capacity_bucket, row_bucket
 from workers.engine.lane import Lane
 from workers.engine.loader import LoadedModel
-from workers.engine.model_runner import ModelRunner, probe_slots
+from workers.engine.model_runner import ModelRunner, compiles, probe_slots
 from workers.engine.sequential_lane import SequentialLane
 from workers.engine.slot_lane import LaneSizes, SlotLane
 
@@ -33,5 +33,8 @@ def choose_lane(
         page_tokens=page_tokens,
         vocab_size=loaded.vocab_size,
     )
+    if compile_steps and not compiles(loaded.model, shapes):
+        _log.warning("this model's step cannot be compiled; it runs uncompiled", model=loaded.name)
+        compile_steps = False
     salt = f"{loaded.path}\0{shapes[0].dtype}"
     return SlotLane(ModelRunner(loaded.model, compile_steps=compile_steps), shapes, sizes, salt)

@@ -16,7 +16,7 @@ _CLEAR_EVERY_STEPS = 512
 
 
 def configure_device(*, wired: bool = False) -> None:
-    """Set the limits of this process; call once, before loading."""
+    """Set the limits of this process; once, before traffic."""
     if not mx.metal.is_available():
         return
     recommended = int(mx.device_info()["max_recommended_working_set_size"])

@@ -5,7 +5,7 @@ mx.compile keeps one trace of the step per (rows, capacity). Engine thread only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,9 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+from workers.engine.batch_scheduler import SMALLEST_CAPACITY
 from workers.engine.sampler import Sampling, Variant, sample
 from workers.engine.slot_cache import LayerShape, SlotLayer, StagedLayer, zeros
 
+_GREEDY = Sampling(Variant(), [], [])
 _PROBE_TOKENS = (1, 2, 3, 5, 7)
 _PROBE_TOLERANCE = 0.05  # relative to the spread of the logits; a cache that is misread is off by far more
 
@@ -78,6 +80,21 @@ def _forward(
     return logits, offsets + live, [array for layer in layers for array in (layer.keys, layer.values)]
 
 
+def compiles(model: nn.Module, shapes: Sequence[LayerShape]) -> bool:
+    """Whether the compiled step runs and says what the plain one says; a model file may do what a trace cannot."""
+    logits: list[mx.array] = []
+    for compile_steps in (False, True):
+        runner = ModelRunner(model, compile_steps=compile_steps)
+        row = mx.array([1], dtype=mx.int32)
+        try:
+            out = runner.decode(row, row, row, zeros(shapes, 1, SMALLEST_CAPACITY), _GREEDY)
+            mx.eval(out.logits)
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            return False
+        logits.append(out.logits)
+    return _agree(logits[0], logits[1])
+
+
 def probe_slots(model: nn.Module) -> tuple[LayerShape, ...] | None:
     """The layers' shapes if every cache of the model can live in slots, else None.
 
@@ -96,9 +113,12 @@ def probe_slots(model: nn.Module) -> tuple[LayerShape, ...] | None:
         mx.eval(reference, logits)
     except (AttributeError, TypeError, ValueError, NotImplementedError, AssertionError):
         return None
+    return shapes if _agree(reference, logits) else None
+
+
+def _agree(reference: mx.array, logits: mx.array) -> bool:
     spread = mx.max(reference) - mx.min(reference)
-    agrees = mx.all(mx.abs(reference - logits) <= _PROBE_TOLERANCE * spread)
-    return shapes if agrees.item() else None
+    return bool(mx.all(mx.abs(reference - logits) <= _PROBE_TOLERANCE * spread).item())
 
 
 def _shape_of(cache: KVCache) -> LayerShape:

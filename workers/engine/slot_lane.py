@@ -26,7 +26,7 @@ from workers.engine.slot_cache import LayerShape, SlotCache, zeros
 
 _SHRINK_AFTER_STEPS = 8
 _PREFILL_GROUP_ROWS = 8
-_WARM_CAPACITIES = 5
+_WARM_CAPACITIES, _WARM_SLOT_TOKENS = 4, 4096
 _WARM_VARIANT = Variant(draws=True, filters=True)
 
 
@@ -73,11 +73,11 @@ class SlotLane:
         self._written = False
 
     def warm_up(self) -> None:
-        rows = 1
-        while rows <= row_bucket(self.max_rows):
-            for exponent in range(_WARM_CAPACITIES):
-                self._warm_step(rows, capacity_bucket(1) << exponent)
-            rows *= 2
+        for row_power in range(row_bucket(self.max_rows).bit_length()):
+            for capacity_power in range(_WARM_CAPACITIES):
+                rows, capacity = 1 << row_power, capacity_bucket(1) << capacity_power
+                if rows * capacity <= min(_WARM_SLOT_TOKENS, self.slot_tokens):
+                    self._warm_step(rows, capacity)
         self.reset()
 
     def begin(self, sequence: Sequence) -> None:
