@@ -1,6 +1,6 @@
 """Connections to Redis: one kind per use (commands, blocking reads, pub/sub), with retries and timeouts set out loud.
 
-redis-py's async client retries nothing by default; every script of ours is safe to repeat, so commands retry.
+redis-py's async client retries nothing unless told which errors; every script of ours is safe to repeat, so it is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any, Literal, cast
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from scheduler.errors import StartupError
 from scheduler.settings import Settings
@@ -75,10 +77,12 @@ def connect(settings: Settings, role: Role) -> Redis:
         "socket_timeout": _TIMEOUT_S[role],
         "socket_connect_timeout": 4.0,
         "max_connections": _CONCURRENT + 16,  # pipelines and pub/sub take theirs beside the commands
-        "retry": Retry(ExponentialBackoff(cap=0.5, base=0.02), 0 if role == "pubsub" else 4),
         "lib_name": None,
         "lib_version": None,
     }
+    if role != "pubsub":  # the token bus reconnects by itself: it must know of each gap
+        options["retry"] = Retry(ExponentialBackoff(cap=0.5, base=0.02), 4)
+        options["retry_on_error"] = [RedisConnectionError, RedisTimeoutError]
     url = redis_url(settings)
     if not url.startswith("unix://"):
         options["socket_keepalive"] = True
