@@ -17,7 +17,7 @@ MIN_CHUNK_TOKENS = 16
 MIN_IDLE_CHUNK_TOKENS = 128
 MAX_CHUNK_TOKENS = 2048
 IDLE_STALL_FACTOR = 4  # with no stream running, a chunk may take this many stalls: only cancels wait for it
-SMALLEST_CAPACITY = 64
+SMALLEST_CAPACITY = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +56,23 @@ class Idle:
 Decision = Prefill | Decode | Idle
 
 
+def power_bucket(value: int) -> int:
+    """The next power of two."""
+    return 1 << max(0, value - 1).bit_length()
+
+
 def row_bucket(rows: int) -> int:
-    """The working set's row count for `rows` rows: the next power of two."""
-    return 1 << max(0, rows - 1).bit_length()
+    """The working set's row count for `rows` rows: 1, 2, 3, 4, 6, 8, 12, … (two sizes per octave)."""
+    return _next_multiple(max(1, rows), max(1, power_bucket(rows) // 4))
 
 
 def capacity_bucket(tokens: int) -> int:
-    """The working set's columns for a longest row of `tokens`: the next power of two."""
-    return max(SMALLEST_CAPACITY, 1 << max(0, tokens - 1).bit_length())
+    """The working set's columns for a longest row of `tokens`: four sizes per octave, so little of it is empty."""
+    return max(SMALLEST_CAPACITY, _next_multiple(tokens, max(SMALLEST_CAPACITY // 2, power_bucket(tokens) // 8)))
+
+
+def _next_multiple(value: int, step: int) -> int:
+    return -(-value // step) * step
 
 
 class BatchScheduler:

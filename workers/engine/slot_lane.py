@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from workers.engine.batch_scheduler import Chunk, capacity_bucket, row_bucket
+from workers.engine.batch_scheduler import SMALLEST_CAPACITY, Chunk, capacity_bucket, power_bucket, row_bucket
 from workers.engine.lane import DecodeFlight
 from workers.engine.logprobs import LogprobFlight, launch_logprobs
 from workers.engine.model_runner import ModelRunner
@@ -26,7 +26,7 @@ from workers.engine.slot_cache import LayerShape, SlotCache, zeros
 
 _SHRINK_AFTER_STEPS = 8
 _PREFILL_GROUP_ROWS = 8
-_WARM_CAPACITIES, _WARM_SLOT_TOKENS = 4, 4096
+_WARM_CAPACITY, _WARM_SLOT_TOKENS = 256, 4096
 _WARM_VARIANT = Variant(draws=True, filters=True)
 
 
@@ -73,10 +73,10 @@ class SlotLane:
         self._written = False
 
     def warm_up(self) -> None:
-        for row_power in range(row_bucket(self.max_rows).bit_length()):
-            for capacity_power in range(_WARM_CAPACITIES):
-                rows, capacity = 1 << row_power, capacity_bucket(1) << capacity_power
-                if rows * capacity <= min(_WARM_SLOT_TOKENS, self.slot_tokens):
+        most = min(_WARM_SLOT_TOKENS, self.slot_tokens)
+        for rows in sorted({row_bucket(count) for count in range(1, self.max_rows + 1)}):
+            for capacity in sorted({capacity_bucket(tokens) for tokens in range(1, _WARM_CAPACITY + 1)}):
+                if rows * capacity <= most:
                     self._warm_step(rows, capacity)
         self.reset()
 
@@ -87,7 +87,7 @@ class SlotLane:
         sequence.block_table = pages
         sequence.prefilled = len(pages) * self._sizes.page_tokens
         sequence.cached_tokens = max(sequence.cached_tokens, sequence.prefilled)
-        staged = zeros(self._shapes, 1, capacity_bucket(sequence.length + 1))
+        staged = zeros(self._shapes, 1, max(SMALLEST_CAPACITY, power_bucket(sequence.length)))
         if pages:
             for at, known in enumerate(self._store.gather(pages)):
                 staged[at][:, :, : sequence.prefilled] = known
@@ -97,7 +97,7 @@ class SlotLane:
         groups: dict[tuple[int, int, int], list[Chunk]] = {}
         for chunk in chunks:
             capacity = self._staged[chunk.sequence][0].shape[2]
-            groups.setdefault((chunk.start, capacity, row_bucket(chunk.count)), []).append(chunk)
+            groups.setdefault((chunk.start, capacity, power_bucket(chunk.count)), []).append(chunk)
         arrays: list[mx.array] = []
         for group in groups.values():
             for at in range(0, len(group), _PREFILL_GROUP_ROWS):
