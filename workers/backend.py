@@ -79,7 +79,7 @@ class BackendDied(Exception):
 
 
 class Backend(Protocol):
-    """Lifetime: start → (submit | cancel | events)* → close. All coroutines run on the worker's event loop."""
+    """Lifetime: start → (submit | cancel | events)* → close → start again, if it died. All on the worker's loop."""
 
     async def start(self) -> ModelCard:
         """Load and warm up; raises StartupError with one line that says why not."""

@@ -46,7 +46,7 @@ def load(path: Path, ref: str) -> LoadedModel:
         model, tokenizer, config = mlx_lm.load(  # pyright: ignore[reportAssignmentType]
             str(path), tokenizer_config={"trust_remote_code": False}, return_config=True, trust_remote_code=False
         )
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError, ImportError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, RuntimeError, OSError, ImportError, AttributeError) as error:
         raise StartupError(f"Model {ref!r} cannot be loaded from {path}: {one_line(error)}") from error
     _settle_tokenizer(tokenizer)
     return LoadedModel(
