@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
     """Entry point: an error that a user may meet is one line and exit status 1."""
-    from api.cli.app import app
     from scheduler.errors import SpillwayError
 
     try:
+        from api.cli.app import app
+
         app()
     except SpillwayError as error:
         from scheduler.telemetry import redact
 
         sys.exit(f"spillway: {redact(error.message)}")
-    except BrokenPipeError:  # `spillway jobs | head`
-        sys.stderr.close()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `spillway jobs | head`; what is still buffered has no reader either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -16,7 +16,9 @@ _QUESTION = (
 )
 
 
-def print_announcement(console: Console, settings: Settings, address: str, models: tuple[str, ...]) -> None:
+def print_announcement(
+    console: Console, settings: Settings, address: str, models: tuple[str, ...], *, needs_key: bool
+) -> None:
     """Plain text where stdout is no terminal; the curl line is one line, whatever the width."""
     command = command_name()
     if console.is_terminal:
@@ -24,7 +26,7 @@ def print_announcement(console: Console, settings: Settings, address: str, model
     console.print(Text.assemble(("Spillway is ready: ", "bold green"), (address, "bold")), soft_wrap=True)
     lines = [
         "",
-        f"  {try_line(address)}",
+        f"  {try_line(address, needs_key=needs_key)}",
         "",
         f"  {command} chat      talk to it in this terminal",
         f"  {command} status    what runs, and how it does",
@@ -36,9 +38,10 @@ def print_announcement(console: Console, settings: Settings, address: str, model
         console.print(line, soft_wrap=True, markup=False)
 
 
-def try_line(address: str) -> str:
-    """A curl command to paste; it needs a key only where one was made."""
-    return f"curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d '{_QUESTION}'"
+def try_line(address: str, *, needs_key: bool) -> str:
+    """A curl command to paste; where a key was made, the shell fills it in."""
+    key = ' -H "Authorization: Bearer $SPILLWAY_API_KEY"' if needs_key else ""
+    return f"curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{_QUESTION}'"
 
 
 def command_name() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -64,8 +64,8 @@ def answer_once(client: ApiClient, conversation: Conversation, question: str) ->
     sys.stdout.write("\n")
 
 
-def answer_pieces(client: ApiClient, conversation: Conversation) -> Iterator[Piece]:
-    """The next answer, piece by piece; raises SpillwayError where the service fails, also in mid-stream."""
+def answer_pieces(client: ApiClient, conversation: Conversation) -> Generator[Piece]:
+    """The next answer, piece by piece; closing it cancels the rest. Raises SpillwayError, also in mid-stream."""
     with client.stream("POST", "/v1/chat/completions", conversation.body()) as events:
         for event in events:
             if event.data == "[DONE]":

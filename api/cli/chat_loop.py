@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -89,10 +90,11 @@ class ChatLoop:
         self._talk.turns.append({"role": "user", "content": line})
         said: list[str] = []
         try:
-            for piece in answer_pieces(self._client, self._talk):
-                self._show(piece)
-                if piece.kind == "answer":
-                    said.append(piece.text)
+            with contextlib.closing(answer_pieces(self._client, self._talk)) as pieces:
+                for piece in pieces:
+                    self._show(piece)
+                    if piece.kind == "answer":
+                        said.append(piece.text)
             self._console.print()
         except KeyboardInterrupt:
             self._note(" (cancelled)")

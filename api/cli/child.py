@@ -17,11 +17,12 @@ _KILL_WAIT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """What to run. Of two stages, the lower one is stopped first."""
+    """What to run, once `after` is set. Of two stages, the lower one is stopped first."""
 
     name: str
     command: tuple[str, ...]
     stage: int
+    after: asyncio.Event | None = None
 
 
 class Child:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any
 
 from api.cli.child import Child, ProcessSpec
 from api.cli.log_relay import LogRelay
@@ -22,6 +23,7 @@ HURRY_S = 2.0
 _OUTPUT_WAIT_S = 2.0
 
 log = get_logger(__name__)
+Action = Callable[[], Coroutine[Any, Any, None]]
 
 
 class Supervisor:
@@ -47,13 +49,13 @@ class Supervisor:
         self.history: dict[str, RestartState] = {spec.name: RestartState() for spec in self._specs}
         self.was_ready = False
 
-    async def run(self, when_started: Callable[[], Awaitable[None]], stop: asyncio.Event, hurry: asyncio.Event) -> None:
-        """Run everything until `stop`, then drain; raises StartupError where a child cannot start."""
+    async def run(self, beside: Sequence[Action], stop: asyncio.Event, hurry: asyncio.Event) -> None:
+        """Run all children, and `beside` with them, until `stop`; then drain. Raises StartupError where one fails."""
         self._parent_pipe, holding = os.pipe()
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 try:
-                    failure = await self._keep_all(when_started, stop)
+                    failure = await self._keep_all(beside, stop)
                 finally:
                     await self._drain(hurry)
         finally:
@@ -62,12 +64,12 @@ class Supervisor:
         if failure is not None:
             raise failure
 
-    async def _keep_all(self, when_started: Callable[[], Awaitable[None]], stop: asyncio.Event) -> StartupError | None:
+    async def _keep_all(self, beside: Sequence[Action], stop: asyncio.Event) -> StartupError | None:
         failure: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as keepers:
                 tasks = [keepers.create_task(self._keep(spec)) for spec in self._specs]
-                tasks.append(keepers.create_task(_run(when_started)))
+                tasks += [keepers.create_task(action()) for action in beside]
                 await stop.wait()
                 for task in tasks:
                     task.cancel()
@@ -76,6 +78,8 @@ class Supervisor:
         return failure if isinstance(failure, StartupError) else None
 
     async def _keep(self, spec: ProcessSpec) -> None:
+        if spec.after is not None:
+            await spec.after.wait()
         while True:
             child = await self._start(spec)
             status = await child.wait()
@@ -135,10 +139,6 @@ class Supervisor:
         await child.kill_group()
         await self._last_output(name)
         self._outputs[name].cancel()
-
-
-async def _run(action: Callable[[], Awaitable[None]]) -> None:
-    await action()
 
 
 async def _ended_unless(child: Child, grace_s: float, hurry: asyncio.Event) -> bool:

@@ -1,6 +1,6 @@
 """`spillway up`: everything on one machine, from an empty home to a ready service, and back to nothing.
 
-home, lock, port ──► redis ──► database ──► scheduler, api, workers ──► ready ──signal──► drain ──► redis stopped
+home, lock, port ──► redis ──► workers beside database ► scheduler, api ──► ready ──signal──► drain ──► redis stopped
 
 Large imports wait until their step is on the screen.
 """
@@ -78,10 +78,12 @@ class Up:
         self._view = StartView(self._console, lambda name: relay.last_words(name).doing)
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._database_ready = asyncio.Event()
         self._started_s = time.time()
         self._redis: RedisServer | None = None
         self._supervisor: Supervisor | None = None
         self._ready = False
+        self._needs_key = False
 
     async def run(self) -> None:
         self._relay.quiet = self._console.is_terminal
@@ -90,7 +92,7 @@ class Up:
             check_port(self._settings.host, self._settings.port)
             log.info("starting", version=version("spillway"), home=str(self._settings.home), address=self._address)
             try:
-                await self._start_stores()
+                await self._start_redis()
                 await self._run_processes()
             except StartupError:
                 self._view.fail_rest()
@@ -108,38 +110,50 @@ class Up:
         if found:
             log.warning("the last run was killed; its processes are gone now", processes=found)
 
-    async def _start_stores(self) -> None:
+    async def _start_redis(self) -> None:
         self._view.working("redis")
         from api.cli.redis_server import RedisServer
 
         self._redis = RedisServer(self._settings)
         self._view.done("redis", await self._redis.start())
-        self._view.working("database")
+
+    async def _prepare_database(self) -> None:
+        from scheduler.db.keys import KeyStore
         from scheduler.db.schema import migrate
+        from scheduler.db.session import Database
 
         revision = await asyncio.to_thread(migrate, self._settings)
+        database = Database(self._settings)
+        try:
+            self._needs_key = await KeyStore(database).any_keys()
+        finally:
+            await database.close()
         kind = "SQLite" if self._settings.database_url is None else "PostgreSQL"
         self._view.done("database", f"{kind}, revision {revision}")
+        self._database_ready.set()
 
     async def _run_processes(self) -> None:
+        assert self._redis is not None
         if self._stop.is_set():
             return
+        specs = process_specs(self._settings, self._database_ready)
         self._supervisor = Supervisor(
-            process_specs(self._settings),
+            specs,
             child_environment(self._settings),
             self._relay,
             stage_grace_s=self._settings.drain_s + TIDY_S,
             on_change=self._write_note,
         )
-        for spec in process_specs(self._settings):
-            self._view.working(spec.name)
-        await self._supervisor.run(self._announce_when_ready, self._stop, self._hurry)
+        for part in ("database", *(spec.name for spec in specs)):
+            self._view.working(part)
+        beside = (self._prepare_database, self._announce_when_ready, self._redis.keep_running)
+        await self._supervisor.run(beside, self._stop, self._hurry)
 
     async def _announce_when_ready(self) -> None:
         from api.cli.readiness import Readiness
 
         supervisor = self._supervisor
-        assert supervisor is not None and self._redis is not None
+        assert supervisor is not None
         readiness = Readiness(self._settings, self._address)
         async with readiness:
             await readiness.wait(supervisor, self._view)
@@ -148,8 +162,7 @@ class Up:
         self._view.close()
         log.info("ready", address=self._address, seconds=round(self._view.elapsed_s, 1))
         self._relay.quiet = False
-        print_announcement(self._console, self._settings, self._address, readiness.models)
-        await self._redis.keep_running()
+        print_announcement(self._console, self._settings, self._address, readiness.models, needs_key=self._needs_key)
 
     def _write_note(self) -> None:
         supervisor = self._supervisor
@@ -202,15 +215,15 @@ class Up:
             print_safely(f"\r{text}")
 
 
-def process_specs(settings: Settings) -> tuple[ProcessSpec, ...]:
-    """The processes of one machine. Stopped in this order: the API ends its answers while workers still work."""
+def process_specs(settings: Settings, database_ready: asyncio.Event) -> tuple[ProcessSpec, ...]:
+    """The processes of one machine; workers use no database. The API is stopped first: workers still answer it then."""
     python = (sys.executable, "-m")
     models = tuple(part for ref in settings.model_refs for part in ("--model", ref))
     return (
-        ProcessSpec("scheduler", (*python, "scheduler.main"), stage=2),
-        ProcessSpec("api", (*python, "api.cli", "api"), stage=0),
+        ProcessSpec("scheduler", (*python, "scheduler.main"), 2, database_ready),
+        ProcessSpec("api", (*python, "api.cli", "api"), 0, database_ready),
         *(
-            ProcessSpec(f"worker-{number}", (*python, "workers", "local", *models), stage=1)
+            ProcessSpec(f"worker-{number}", (*python, "workers", "local", *models), 1)
             for number in range(1, settings.workers + 1)
         ),
     )

@@ -55,7 +55,7 @@ def assert_nothing_left(home: Path, pids: dict[int, str]) -> None:
 
 
 def test_killed_then_started_again_then_stopped(tmp_path: Path, model: str) -> None:
-    """One home through kill -9 of `up`, a start that recovers, crashes of single parts, and a clean stop."""
+    """One home through kill -9 of `up`, crashes of single parts, and a clean stop."""
     home, port = tmp_path / "home", free_port()
     first = launch(home, port, "--model", model, **QUIET)
     wait_until_ready(first)
@@ -64,11 +64,11 @@ def test_killed_then_started_again_then_stopped(tmp_path: Path, model: str) -> N
     assert any("workers.engine" in what for what in orphans.values())
     first.process.kill()
     first.process.wait()
+    until(lambda: not any(alive(pid) for pid in orphans))
 
-    second = launch(home, port, "--model", model, **QUIET)  # at once, while the orphans still notice
+    second = launch(home, port, "--model", model, **QUIET)
     try:
         wait_until_ready(second)
-        assert {pid: what for pid, what in orphans.items() if alive(pid)} == {}
         assert list(home.rglob("*.sock")) != []
         _survives_the_death_of_parts(second)
         members = family(second)
@@ -109,10 +109,16 @@ def test_ctrl_c_during_the_start_leaves_nothing(tmp_path: Path, model: str) -> N
     assert_nothing_left(tmp_path / "home", members)
 
 
-def test_spillway_stop_waits_for_the_end(tmp_path: Path, model: str) -> None:
-    home = tmp_path / "home"
-    service = launch(home, free_port(), "--model", model, **QUIET)
-    until(lambda: (home / "run.json").exists() or service.process.poll() is not None)
+def test_a_start_right_after_a_kill_recovers_and_spillway_stop_waits_for_the_end(tmp_path: Path, model: str) -> None:
+    home, port = tmp_path / "home", free_port()
+    killed = launch(home, port, "--model", model, **QUIET)
+    until(lambda: (home / "run.json").exists() or killed.process.poll() is not None)
+    orphans = family(killed)
+    killed.process.kill()
+    killed.process.wait()
+    service = launch(home, port, "--model", model, **QUIET)
+    wait_until_ready(service)
+    assert {pid: what for pid, what in orphans.items() if alive(pid)} == {}
     members = family(service) | {service.process.pid: "up"}
     command = [sys.executable, "-m", "api.cli", "stop", "--home", str(home)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=90, check=False)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -14,7 +14,7 @@ import pytest
 
 from api.cli.child import ProcessSpec
 from api.cli.log_relay import LogRelay
-from api.cli.supervisor import Supervisor
+from api.cli.supervisor import Action, Supervisor
 from scheduler.errors import StartupError
 from scheduler.settings import Settings
 from tests.service import alive
@@ -27,6 +27,10 @@ def python(name: str, code: str, stage: int = 0) -> ProcessSpec:
     return ProcessSpec(name, (sys.executable, "-c", code), stage)
 
 
+async def forever() -> None:
+    await asyncio.Event().wait()
+
+
 class Scene:
     """A supervisor with its relay; `notes` collects what `on_change` saw."""
 
@@ -36,10 +40,10 @@ class Scene:
         self.pids: set[int] = set()
         self.supervisor = Supervisor(specs, dict(os.environ), self.relay, stage_grace_s=grace_s, on_change=self._note)
 
-    async def run(self, when_started: Callable[[], Awaitable[None]]) -> None:
+    async def run(self, when_started: Action) -> None:
         try:
             async with asyncio.timeout(30):
-                await self.supervisor.run(when_started, self.stop, self.hurry)
+                await self.supervisor.run([when_started], self.stop, self.hurry)
         finally:
             self.relay.close()
         assert not any(alive(pid) for pid in self.pids), "a child was left behind"
@@ -90,14 +94,14 @@ async def test_a_child_that_cannot_start_ends_the_start_with_its_own_reason(tmp_
     reason = json.dumps({"level": "critical", "event": "Model 'nope' was not found."})
     scene = Scene(tmp_path, python("one", SLEEPER), python("two", f"print({reason!r}); raise SystemExit(1)"))
     with pytest.raises(StartupError, match="Model 'nope' was not found"):
-        await scene.run(asyncio.Event().wait)
+        await scene.run(forever)
     assert scene.supervisor.history["two"].restarts == 1
 
 
 async def test_a_child_that_dies_at_once_is_tried_again_then_its_last_line_is_the_reason(tmp_path: Path) -> None:
     scene = Scene(tmp_path, python("one", "raise ImportError('no libfoo here')"))
     with pytest.raises(StartupError, match="ImportError: no libfoo here"):
-        await scene.run(asyncio.Event().wait)
+        await scene.run(forever)
     assert scene.supervisor.history["one"].failures == 3
 
 
@@ -172,3 +176,30 @@ async def test_a_line_longer_than_the_buffer_and_broken_text_pass(tmp_path: Path
     lines = logged(tmp_path, "one")
     assert sum(len(line) for line in lines if line.startswith("x")) == 700_000
     assert "\N{REPLACEMENT CHARACTER}" in lines[-2]
+
+
+async def test_a_child_waits_for_what_it_needs(tmp_path: Path) -> None:
+    needed = asyncio.Event()
+    late = ProcessSpec("late", (sys.executable, "-c", SLEEPER), 0, needed)
+    scene = Scene(tmp_path, python("early", SLEEPER), late)
+
+    async def started() -> None:
+        await scene.until(lambda: scene.said("early") == "up")
+        assert "late" not in scene.supervisor.children
+        needed.set()
+        await scene.until(lambda: scene.said("late") == "up")
+        scene.stop.set()
+
+    await scene.run(started)
+
+
+async def test_a_failure_beside_the_children_ends_them(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, python("one", SLEEPER))
+
+    async def fails() -> None:
+        await scene.until(lambda: scene.said("one") == "up")
+        raise StartupError("The database is newer.")
+
+    with pytest.raises(StartupError, match="The database is newer"):
+        await scene.run(fails)
+    assert len(scene.pids) == 1
