@@ -10,18 +10,22 @@ import hashlib
 import ipaddress
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fastapi import Request
+from sqlalchemy.exc import SQLAlchemyError
 
 from scheduler.db.keys import KeyRecord, KeyStore
-from scheduler.errors import AuthenticationRequired, StartupError
+from scheduler.errors import AuthenticationRequired, CapacityError, StartupError
 from scheduler.settings import Settings
 
 CACHE_S = 2.0  # how long a revoked key may still work, and a first key go unnoticed
 CACHE_KEYS = 1024
 OPEN_TENANT = "default"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,7 @@ class Authenticator:
             return False
         now = time.monotonic()
         if self._open is None or now >= self._open[0]:
-            self._open = (now + CACHE_S, not await self._keys.any_keys())
+            self._open = (now + CACHE_S, not await _readable(self._keys.any_keys()))
         return self._open[1]
 
     async def authenticate(self, headers: Mapping[str, str]) -> Principal:
@@ -86,12 +90,19 @@ class Authenticator:
         cached = self._known.get(digest)
         if cached is not None and now < cached[0]:
             return cached[1]
-        record = await self._keys.verify(secret)
+        record = await _readable(self._keys.verify(secret))
         self._known[digest] = (now + CACHE_S, record)
         self._known.move_to_end(digest)
         while len(self._known) > CACHE_KEYS:
             self._known.popitem(last=False)
         return record
+
+
+async def _readable(look: Awaitable[T]) -> T:
+    try:
+        return await look
+    except (SQLAlchemyError, OSError) as error:
+        raise CapacityError("The database that holds the API keys cannot be read now.") from error
 
 
 def presented_key(headers: Mapping[str, str]) -> str | None:

@@ -25,8 +25,7 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
     announced = request.headers.get("content-length", "")
     if announced.isascii() and announced.isdigit() and int(announced[:20]) > limit_bytes:
         raise _too_large(limit_bytes)
-    chunks: list[bytes] = []
-    size = 0
+    body = bytearray()
     stream = request.stream()
     while True:
         try:
@@ -37,11 +36,10 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
         except ClientDisconnect as error:
             raise ClientGone("The client closed its connection before the end of its body.") from error
         if chunk is None:
-            return b"".join(chunks)
-        size += len(chunk)
-        if size > limit_bytes:
+            return bytes(body)
+        body += chunk
+        if len(body) > limit_bytes:
             raise _too_large(limit_bytes)
-        chunks.append(chunk)
 
 
 def _too_large(limit_bytes: int) -> BodyTooLarge:

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from api.auth import is_loopback
 from api.errors import problem_of
 from api.responses import problem_response
-from scheduler.errors import Forbidden
+from scheduler.errors import CapacityError, Forbidden, SpillwayError
 from scheduler.settings import Settings
 
 UNGUARDED_PATHS = frozenset({"/livez", "/readyz"})
@@ -30,11 +30,20 @@ class HostGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in UNGUARDED_PATHS:
-            error = self._objection(scope)
-            if error is not None and await scope["app"].state.services.authenticator.is_open():
+            error = await self._refusal(scope)
+            if error is not None:
                 await problem_response(problem_of(error))(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+    async def _refusal(self, scope: Scope) -> SpillwayError | None:
+        objection = self._objection(scope)
+        if objection is None:
+            return None
+        try:
+            return objection if await scope["app"].state.services.authenticator.is_open() else None
+        except CapacityError as error:
+            return error
 
     def _objection(self, scope: Scope) -> Forbidden | None:
         server = scope.get("server")

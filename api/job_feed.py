@@ -57,18 +57,18 @@ class JobFeed:
 
     async def read(self, silence_s: float) -> list[VisibleEvent]:
         """Ready events in order, or [] after `silence_s` without one. Raises ShuttingDown, or where the job is lost."""
-        give_up = time.monotonic() + silence_s
-        while True:
+        left = silence_s
+        while left > 0:
             self._services.drain.check()
-            left = give_up - time.monotonic()
-            if left <= 0:
-                await self._look()
-                return []
+            began = time.monotonic()
             visible = self._visible(await self._subscription.read(min(left, READ_SLICE_S)))
             if visible:
                 return visible
             if self._subscription.ended:
                 raise InternalError(f"The events of {self.job_id} ended without an outcome.")
+            left -= time.monotonic() - began
+        await self._look()
+        return []
 
     def _visible(self, events: list[tuple[EventId, TokenEvent]]) -> list[VisibleEvent]:
         visible: list[VisibleEvent] = []
@@ -117,6 +117,13 @@ async def open_feed(services: Services, order: Order) -> AsyncIterator[JobFeed]:
     that sends it, can come back for the answer.
     """
     wanted = new_job_id(services.settings.shard)
+    with services.metrics.answering():
+        async with _following(services, order, wanted) as feed:
+            yield feed
+
+
+@asynccontextmanager
+async def _following(services: Services, order: Order, wanted: str) -> AsyncIterator[JobFeed]:
     async with services.bus.subscribe(wanted) as subscription:
         submitted = await _submit(services, order, wanted)
         if submitted.created:

@@ -10,6 +10,7 @@ from http import HTTPStatus
 import uvloop
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
 from api import server
@@ -24,8 +25,11 @@ from api.routes import admin, chat, health, jobs, models
 from api.services import open_services
 from scheduler import telemetry
 from scheduler.db.schema import migrate
-from scheduler.errors import SpillwayError
+from scheduler.errors import CapacityError, SpillwayError
 from scheduler.settings import Settings
+from scheduler.telemetry import get_logger
+
+log = get_logger(__name__)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -48,6 +52,7 @@ def create_app(settings: Settings) -> FastAPI:
     for routes in (chat, models, jobs, admin, health):
         app.include_router(routes.router)
     app.add_exception_handler(SpillwayError, _answer_error)
+    app.add_exception_handler(SQLAlchemyError, _answer_database_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(RequestValidationError, _answer_validation_error)
     return app
@@ -64,6 +69,11 @@ def serve(settings: Settings) -> None:
 async def _answer_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, SpillwayError)
     return problem_response(problem_of(error))
+
+
+async def _answer_database_error(_request: Request, error: Exception) -> Response:
+    log.error("the database failed", error=str(error).partition("\n")[0])
+    return problem_response(problem_of(CapacityError("The database cannot be read now.")))
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:

@@ -7,8 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -16,6 +24,8 @@ from scheduler.job import Priority
 from scheduler.queue.fleet import Fleet, WorkerView
 from scheduler.queue.job_queue import JobQueue
 from scheduler.request import Usage
+
+disable_created_metrics()  # a second series per counter that says nothing here
 
 SCRAPE_CACHE_S = 1.0
 _METHODS = frozenset({"GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH"})
@@ -39,7 +49,7 @@ class ApiMetrics:
             buckets=_REQUEST_BUCKETS,
             registry=self.registry,
         )
-        self._streams = Gauge(
+        self._answers = Gauge(
             "spillway_open_answers", "Clients waiting for or reading an answer", registry=self.registry
         )
         self._ttft = Histogram(
@@ -62,11 +72,9 @@ class ApiMetrics:
         self._requests.labels(route, method if method in _METHODS else "other", str(status)).inc()
         self._seconds.labels(route).observe(took_s)
 
-    def answer_opened(self) -> None:
-        self._streams.inc()
-
-    def answer_closed(self) -> None:
-        self._streams.dec()
+    def answering(self) -> AbstractContextManager[None]:
+        """Held while a client waits for its answer or reads it."""
+        return self._answers.track_inprogress()
 
     def first_token(self, model: str, after_s: float) -> None:
         self._ttft.labels(model).observe(after_s)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import io
 import json
 import os
 import socket
@@ -165,7 +166,14 @@ def running_api(redis_url: str, home: Path, *, workers: int = 1, **settings: Any
     finally:
         stop()
         thread.join(timeout=30)
-        assert not thread.is_alive(), "the API did not stop"
+        assert not thread.is_alive(), f"the API did not stop: {_what_runs(ready)}"
+
+
+def _what_runs(ready: list[Stage | BaseException]) -> str:
+    lines = io.StringIO()
+    for task in asyncio.all_tasks(ready[0].loop) if ready and isinstance(ready[0], Stage) else ():
+        task.print_stack(file=lines)
+    return lines.getvalue()
 
 
 def _closer(descriptor: int) -> Callable[[], None]:

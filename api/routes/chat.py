@@ -19,7 +19,7 @@ from api.protocols.openai_chat import TIER_OF_PRIORITY, ChatCall, parse_chat
 from api.protocols.openai_chat_answer import DONE, ChunkEncoder, CompletionBuilder, CompletionHead
 from api.request_headers import body_digest, read_deadline, read_idempotency_key, read_priority
 from api.services import Services
-from api.sse import KEEP_ALIVE, event_stream, while_connected
+from api.sse import KEEP_ALIVE, EventStream, while_connected
 from scheduler.errors import InternalError, SpillwayError
 from scheduler.telemetry import get_logger
 from scheduler.tokens import Delta, Failed, Finished
@@ -64,7 +64,7 @@ class ChatStream(Response):
             _raise_failure(first)
             scope["state"]["served_by"] = feed.served_by
             async with aclosing(self._chunks(feed, first)) as chunks:
-                await event_stream(chunks)(scope, receive, send)
+                await EventStream(chunks)(scope, receive, send)
 
     async def _chunks(self, feed: JobFeed, events: list[VisibleEvent]) -> AsyncGenerator[bytes]:
         silence_s = self._services.settings.keepalive_s

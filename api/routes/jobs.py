@@ -19,7 +19,7 @@ from api.protocols.parameters import BadParameter
 from api.responses import json_response
 from api.routes.models import read_limit
 from api.services import Services
-from api.sse import KEEP_ALIVE, event_stream, sse_event
+from api.sse import KEEP_ALIVE, EventStream, sse_event
 from scheduler.errors import JobConflict, JobNotFound, SpillwayError
 from scheduler.job import JobState, JobView, shard_of
 from scheduler.queue.token_bus import Subscription
@@ -93,7 +93,7 @@ class EventsStream(Response):
             self._services.bus.subscribe(self._job_id, self._after) as subscription,
             aclosing(self._lines(subscription)) as lines,
         ):
-            await event_stream(lines)(scope, receive, send)
+            await EventStream(lines)(scope, receive, send)
 
     async def _lines(self, subscription: Subscription) -> AsyncGenerator[bytes]:
         keepalive_s = self._services.settings.keepalive_s

@@ -42,6 +42,8 @@ def test_not_ready_names_what_is_missing(tmp_path_factory: pytest.TempPathFactor
         stage.call(stage.services.database.engine.dispose())
         assert stage.request("GET", "/readyz").json["missing"] == ["database", "models"]
         assert stage.request("GET", "/livez").status == 200
+        wait_until(lambda: stage.request("GET", "/v1/models").status == 503)  # are there keys? it cannot tell
+        assert stage.request("GET", "/v1/models").headers["retry-after"] == "1"
 
 
 def test_without_redis_requests_fail_at_once_and_the_probe_says_so(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -127,7 +129,11 @@ def test_a_stream_that_outlives_the_drain_ends_with_an_error_and_its_job_is_canc
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     folder = tmp_path_factory.mktemp("overdue")
-    with running_api_alone(folder, drain_s=0.3) as stage:
+    with (
+        running_redis(folder / "redis") as url,
+        running_api(url, folder / "other") as other,  # its worker outlives the API that stops
+        running_api(url, folder / "home", workers=0, shard=other.settings.shard, drain_s=0.3) as stage,
+    ):
         body = stage.chat({"say": ["a "], "hold": True}, stream=True)
         connection, seen, job_id = open_stream(stage, body, until=b"a ")
         stage.stop()
@@ -135,7 +141,7 @@ def test_a_stream_that_outlives_the_drain_ends_with_an_error_and_its_job_is_canc
             seen += piece
         connection.close()
         assert b'"code":"shutting_down"' in seen and b"[DONE]" not in seen
-        wait_until(lambda: stage.cancelled(job_id))
+        wait_until(lambda: other.cancelled(job_id))
 
 
 def test_sigterm_ends_the_process_cleanly_after_its_streams(tmp_path: Path) -> None:
