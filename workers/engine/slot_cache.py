@@ -1,8 +1,8 @@
 """The working set that decode attention reads: per layer, [rows, kv_heads, capacity, head_dim] keys and values.
 
 Rows are left-aligned, each with its own length; a step writes one column per row at that row's own place. Shapes
-come in few sizes (see batch_scheduler), so a compiled step is used again. A join copies the new row only; a leave copies
-nothing until a smaller shape is worth one compaction. Engine thread only.
+come in few sizes (see batch_scheduler), so a compiled step is used again. A join copies the new row only; a leave
+copies nothing until a smaller shape is worth one compaction. Engine thread only.
 """
 
 from __future__ import annotations
