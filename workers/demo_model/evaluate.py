@@ -16,13 +16,14 @@ from typing import Any
 from mlx_lm import batch_generate, load
 
 from . import weights_path
-from .exchanges import Exchange, Limits, Message, asked, count
-from .lines import alike
+from .exchanges import Exchange, Limits, Message, count, repeat_line
+from .lines import LINE_KINDS, LineKind, alike, code, digit_run, few_words, line, mixed, one_kind, sentence
 from .rendering import pieces
 from .world import MAKERS, Conversation, Recipe, Thinking, assemble, conversation, draw, draw_with_tools, system_prompt
 
 LIMITS = Limits(line_tokens=62, count_span=60)
 MAX_TOKENS = 1000
+ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,10 @@ def any_skill(thinking: Thinking) -> Callable[[random.Random], Conversation]:
     return lambda rng: of_skill(rng.choice(tuple(MAKERS)), thinking)(rng)
 
 
-def look_alike(rng: random.Random) -> Conversation:
-    """A line of one letter and a number by turns, as long as lines get."""
-
-    def make() -> Exchange:
-        text = alike(rng, 32)[:60].strip()
-        return asked("repeat", text, f"Repeat after me: {text}", "", text)
-
-    return single(draw(make, "held_out"), rng)
+def repeat_of(*kinds: LineKind) -> Callable[[random.Random], Conversation]:
+    """Single-turn conversations about lines of these kinds."""
+    shares = {kind: LINE_KINDS[kind] for kind in kinds}
+    return lambda rng: single(draw(lambda: repeat_line(line(rng, LIMITS.line_tokens, shares), rng), "held_out"), rng)
 
 
 def long_count(rng: random.Random) -> Conversation:
@@ -110,22 +107,24 @@ def with_tools(rng: random.Random) -> Conversation:
 
 
 EXAMS = (
-    Exam("repeat a line", 500, of_skill("repeat")),
-    Exam("repeat a line of look-alikes", 200, look_alike),
-    Exam("repeat a line late in a long talk", 200, late_repeat),
+    Exam("repeat a line of words, numbers and symbols", 500, repeat_of(mixed, one_kind, sentence, code)),
+    Exam("repeat a line of look-alikes such as `w17 x204 w3`", 200, repeat_of(alike)),
+    Exam("repeat a run of digits", 200, repeat_of(digit_run)),
+    Exam("repeat a line of two to eight words in any order", 200, repeat_of(few_words)),
+    Exam("repeat a line after several hundred tokens of talk", 100, late_repeat),
     Exam("count, up to 60 numbers", 300, of_skill("count")),
-    Exam("count, 100 to 200 numbers", 60, long_count),
+    Exam("count, 100 to 200 numbers", 40, long_count),
     Exam("spell a word", 300, of_skill("spell")),
     Exam("add two numbers below 100", 300, of_skill("add")),
-    Exam("add after a thought", 300, of_skill("add", "cue")),
+    Exam("add after a thought", 200, of_skill("add", "cue")),
     Exam("days and months", 200, of_skill("calendar")),
     Exam("greet", 200, of_skill("greet")),
-    Exam("about Spillway and itself", 200, of_skill("about")),
-    Exam("admit not to know", 300, of_skill("unknown")),
-    Exam("call a tool", 300, with_tools, -2),
-    Exam("pass a tool's result on", 300, with_tools),
-    Exam("think because enable_thinking is set", 300, any_skill("cue")),
-    Exam("think because the user asks for it", 300, any_skill("asked")),
+    Exam("say what Spillway and the model are", 200, of_skill("about")),
+    Exam("admit not to know", 200, of_skill("unknown")),
+    Exam("call a tool", 200, with_tools, -2),
+    Exam("pass a tool's result on", 200, with_tools),
+    Exam("think because `enable_thinking` is set", 200, any_skill("cue")),
+    Exam("think because the user asks for it", 200, any_skill("asked")),
 )
 
 
@@ -150,8 +149,10 @@ def take(exam: Exam, model: Any, tokenizer: Any, share: float) -> Mark:
     rng = random.Random(f"exam {exam.name}")
     samples = max(1, round(exam.samples * share))
     asked_for = [question(tokenizer, exam.make(rng), exam.answer) for _ in range(samples)]
+    asked_for.sort(key=lambda question: len(question.expected))
     longest = [min(MAX_TOKENS, len(tokenizer.encode(q.expected, add_special_tokens=False)) + 8) for q in asked_for]
-    texts = batch_generate(model, tokenizer, [q.prompt for q in asked_for], max_tokens=longest).texts
+    prompts = [question.prompt for question in asked_for]
+    texts = batch_generate(model, tokenizer, prompts, max_tokens=longest, completion_batch_size=ROWS).texts
     wrong = tuple((q.expected, text) for q, text in zip(asked_for, texts, strict=True) if text != q.expected)
     return Mark(exam.name, samples, samples - len(wrong), wrong)
 

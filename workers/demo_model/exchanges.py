@@ -61,7 +61,11 @@ def asked(skill: str, key: str, question: str, thought: str, answer: str) -> Exc
 
 def repeat(rng: random.Random, limits: Limits) -> Exchange:
     """The headline skill: a random line comes back exactly."""
-    text = line(rng, limits.line_tokens)
+    return repeat_line(line(rng, limits.line_tokens), rng)
+
+
+def repeat_line(text: str, rng: random.Random) -> Exchange:
+    """A given line comes back exactly."""
     quoted = '"' not in text and rng.random() < 0.08
     question = rng.choice(questions.REPEAT_QUOTED if quoted else questions.REPEAT).format(text)
     return asked("repeat", text, question, "The user wants this line back exactly as it is.", text)

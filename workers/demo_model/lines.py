@@ -124,21 +124,21 @@ def code(rng: random.Random, size: int) -> str:
     return "".join(rng.choice((letters, identifier, nonsense_word, number))(rng) + joint for joint in joints).strip()
 
 
-LINE_KINDS: tuple[tuple[float, Callable[[random.Random, int], str]], ...] = (
-    (4.0, mixed),
-    (3.0, one_kind),
-    (2.0, alike),
-    (2.0, few_words),
-    (1.5, digit_run),
-    (2.0, sentence),
-    (1.0, code),
-)
+LineKind = Callable[[random.Random, int], str]
+LINE_KINDS: dict[LineKind, float] = {
+    mixed: 4.0,
+    one_kind: 3.0,
+    alike: 2.0,
+    few_words: 1.2,
+    digit_run: 1.0,
+    sentence: 2.0,
+    code: 1.0,
+}
 
 
-def line(rng: random.Random, longest_tokens: int) -> str:
+def line(rng: random.Random, longest_tokens: int, kinds: dict[LineKind, float] = LINE_KINDS) -> str:
     """One line without line breaks or outer blanks, of at most about `longest_tokens` tokens."""
-    weights, kinds = zip(*LINE_KINDS, strict=True)
-    make = rng.choices(kinds, weights)[0]
+    make = rng.choices(list(kinds), list(kinds.values()))[0]
     budget = max(1, round(longest_tokens * rng.random() ** 0.6))
     return clip(make(rng, budget), budget)
 

@@ -65,6 +65,8 @@ class Answered:
 
 def styled(verb: str, noun: str, rng: random.Random) -> str:
     """A function name in one of the usual styles."""
+    if rng.random() < 0.35:
+        return f"get_{noun}"
     snake = (
         f"{verb}_{noun}",
         f"{verb}_{noun}",
@@ -144,16 +146,16 @@ def other_tool(rng: random.Random) -> Tool:
 
 def toolbox(rng: random.Random) -> tuple[Tool, ...]:
     """One to three tools with names of their own, in any order."""
-    topics = rng.choice((["weather"], ["weather"], ["time"], ["weather", "time"], ["weather", "time"], ["other"]))
+    topics = rng.choice((["weather"], ["weather"], ["weather"], ["time"], ["time"], ["weather", "time"], ["other"]))
     tools = [topical_tool(topic, rng) for topic in topics]
-    tools += [other_tool(rng) for _ in range(rng.choice((0, 0, 0, 1, 1, 2)))]
+    tools += [other_tool(rng) for _ in range(rng.choice((0, 0, 0, 0, 0, 1, 1, 2)))]
     rng.shuffle(tools)
     return tuple({tool.name: tool for tool in tools}.values())
 
 
 def place(rng: random.Random) -> str:
     """A city, real or not."""
-    return rng.choice((rng.choice(CITIES), rng.choice(CITIES), nonsense_word(rng).capitalize()))
+    return nonsense_word(rng).capitalize() if rng.random() < 0.2 else rng.choice(CITIES)
 
 
 def call_message(calls: list[tuple[Tool, dict[str, str]]], thought: str) -> Message:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import weights_path
-from .batches import IGNORED, RowSource, encoded
 from .exchanges import Limits
-from .network import END_OF_TURN, Llama, Shape, save_weights
+from .train_batches import IGNORED, RowSource, encoded
+from .train_network import END_OF_TURN, Llama, Shape, save_weights
 from .world import MAKERS, Recipe, assemble, draw, draw_with_tools, system_prompt
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")

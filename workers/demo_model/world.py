@@ -29,8 +29,8 @@ MAKERS: dict[str, Callable[[random.Random, Limits], Exchange]] = {
 }
 SPLIT_SKILLS = ("repeat", "count", "spell", "add", "calendar", "unknown", "tool")
 DEFAULT_MIX: dict[str, float] = {
-    "repeat": 10.0, "count": 1.6, "spell": 2.2, "add": 2.2, "calendar": 1.0, "greet": 0.8, "about": 0.7, "unknown": 1.2,
-    "tool": 2.0,
+    "repeat": 7.0, "count": 2.6, "spell": 3.5, "add": 4.5, "calendar": 1.2, "greet": 0.7, "about": 0.6, "unknown": 1.3,
+    "tool": 3.0,
 }  # fmt: skip
 
 

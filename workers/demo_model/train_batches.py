@@ -32,8 +32,8 @@ STAGES = (
     Stage(0.06, {128: 1.0}, 14, {"repeat": 14.0}),
     Stage(0.14, {128: 0.7, 256: 0.3}, 24, {"repeat": 14.0}),
     Stage(0.25, {128: 0.4, 256: 0.5, 512: 0.1}, 40),
-    Stage(0.80, {128: 0.2, 256: 0.5, 512: 0.25, 1024: 0.05}, 64),
-    Stage(1.00, {128: 0.2, 256: 0.35, 512: 0.3, 1024: 0.15}, 66),
+    Stage(0.80, {128: 0.1, 256: 0.55, 512: 0.3, 1024: 0.05}, 64),
+    Stage(1.00, {128: 0.1, 256: 0.5, 512: 0.3, 1024: 0.1}, 66),
 )
 LONGEST_COUNT = {128: 18, 256: 45, 512: 100, 1024: 220, 2048: 440}
 
@@ -69,8 +69,8 @@ class RowSource:
         length = self.rng.choices(list(stage.row_shares), list(stage.row_shares.values()))[0]
         limits = Limits(line_tokens=stage.line_tokens, count_span=LONGEST_COUNT[length])
         mix = DEFAULT_MIX | stage.mix
-        if length >= 512:
-            mix = mix | {"count": 2 * mix["count"], "tool": 2.5 * mix["tool"]}
+        if length >= 256:
+            mix = mix | {"count": 1.5 * mix["count"], "tool": 2 * mix["tool"]}
         recipe = replace(Recipe(), mix=mix, limits=limits, long_system_share=0.0 if length < 256 else 0.05)
         rows = [self.row(recipe, length) for _ in range(self.tokens_per_batch // length)]
         return torch.tensor([row[0] for row in rows]), torch.tensor([row[1] for row in rows])
