@@ -30,10 +30,6 @@ class LastWords:
     trouble: str | None = None
     cannot_start: str | None = None
 
-    @property
-    def reason(self) -> str | None:
-        return self.cannot_start or self.trouble or self.doing or None
-
 
 class LogRelay:
     """Takes lines: JSON of scheduler/telemetry.py, or whatever a library or the interpreter printed."""
@@ -62,6 +58,12 @@ class LogRelay:
 
     def last_words(self, process: str) -> LastWords:
         return self._words.setdefault(process, LastWords())
+
+    def obituary(self, process: str, status: int) -> str:
+        """One line about a process that ended at once without giving a reason."""
+        words = self.last_words(process)
+        said = words.trouble or words.doing or f"status {status}"
+        return f"{process} ends at once: {said} ({self._directory / process}.log has the rest)"
 
     def forget_words(self, process: str) -> None:
         """The process starts anew: what the last one said explains nothing about this one."""

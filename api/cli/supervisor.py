@@ -88,7 +88,7 @@ class Supervisor:
             state = self.history[spec.name] = self.history[spec.name].after_exit(child.ran_s)
             words = self._relay.last_words(spec.name)
             if gives_up(state, was_ready=self.was_ready, says_final=words.cannot_start is not None):
-                raise StartupError(words.reason or f"{spec.name} ended at once with status {status}.")
+                raise StartupError(words.cannot_start or self._relay.obituary(spec.name, status))
             log.warning(
                 "a process ended and is started again",
                 child=spec.name,

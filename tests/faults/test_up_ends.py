@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from openai import OpenAI
 
 from tests.service import Service, alive, environment, free_port, launch, stop, wait_until_ready
 from tests.tiny_model import write_tiny_model
@@ -22,7 +23,7 @@ QUIET = {"SPILLWAY_COMPILE": "false"}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
+    return str(write_tiny_model(tmp_path_factory.mktemp("model") / "tiny", context_tokens=4096))
 
 
 def until(true: Callable[[], bool], within_s: float = 30.0) -> None:
@@ -66,12 +67,13 @@ def test_killed_then_started_again_then_stopped(tmp_path: Path, model: str) -> N
     first.process.wait()
     until(lambda: not any(alive(pid) for pid in orphans))
 
-    second = launch(home, port, "--model", model, **QUIET)
+    second = launch(home, port, "--model", model, **QUIET, SPILLWAY_DRAIN_S="60")
     try:
         wait_until_ready(second)
         assert list(home.rglob("*.sock")) != []
         _survives_the_death_of_parts(second)
         members = family(second)
+        _ends_the_running_answer(second)
     finally:
         assert stop(second) == 0
     assert_nothing_left(home, members)
@@ -89,6 +91,32 @@ def _survives_the_death_of_parts(service: Service) -> None:
     wait_until_ready(service)
     note = json.loads((service.home / "run.json").read_text())
     assert {process["name"]: process["restarts"] for process in note["processes"]}["scheduler"] >= 1
+
+
+def _ends_the_running_answer(service: Service) -> None:
+    tokens = 3000
+    with OpenAI(base_url=f"{service.url}/v1", api_key="unused", max_retries=0, timeout=60) as client:
+        stream = client.chat.completions.create(
+            model="default",
+            messages=[{"role": "user", "content": "Go on"}],
+            max_completion_tokens=tokens,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+        first = next(iter(stream))
+        service.process.send_signal(signal.SIGTERM)
+        chunks = [first, *stream]
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == tokens
+
+
+def test_an_api_open_to_others_needs_a_key_first(tmp_path: Path, model: str) -> None:
+    service = launch(tmp_path / "home", free_port(), "--model", model, "--host", "0.0.0.0", **QUIET)
+    assert service.process.wait(timeout=60) == 1
+    plain = [line for line in service.said().splitlines() if not line.startswith("{")]
+    assert len(plain) == 1
+    assert "spillway keys create" in plain[0]
 
 
 def test_a_model_that_is_not_there_ends_the_start_with_one_line(tmp_path: Path) -> None:
