@@ -73,6 +73,16 @@ def test_choices_of_one_job_hold_the_same_prompt_pages(model: nn.Module) -> None
     assert_all_free(on)
 
 
+def test_a_burst_with_a_long_common_beginning_prefills_it_once(model: nn.Module) -> None:
+    on = stage(model)
+    common = prompt(1, 200)
+    on.add(*(job(f"job-{at}", common + prompt(20 + at, 5), greedy(4)) for at in range(5)))
+    on.run()
+    assert on.engine.stats()["prefill_tokens"] == 204 + 4 * 4
+    for at in range(5):
+        assert on.jobs[f"job-{at}"].tokens == reference(model, common + prompt(20 + at, 5), 4)
+
+
 def _running(engine: object) -> list[Sequence]:
     return engine._scheduler.running  # type: ignore[attr-defined]  # pyright: ignore
 

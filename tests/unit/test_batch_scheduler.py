@@ -31,11 +31,19 @@ class Silent:
         return ""
 
 
-def _sequence(name: str, tokens: int, *, rank: int = 1, arrival: int = 0, index: int = 0) -> Sequence:
+def _sequence(name: str, tokens: int, *, rank: int = 1, arrival: int = 0, index: int = 0, start: int = 0) -> Sequence:
     return Sequence(
-        job_id=name, attempt=1, index=index, prompt_ids=tuple(range(tokens)), params=SamplingParams(), text=Silent(),
-        token_limit=1000, stop_ids=frozenset(), priority_rank=rank, arrival=arrival,
-    )  # fmt: skip
+        job_id=name,
+        attempt=1,
+        index=index,
+        prompt_ids=tuple(range(start, start + tokens)),
+        params=SamplingParams(),
+        text=Silent(),
+        token_limit=1000,
+        stop_ids=frozenset(),
+        priority_rank=rank,
+        arrival=arrival,
+    )
 
 
 def _scheduler(rows: int = 4, slot_tokens: int = 1 << 20, stall_s: float = 0.1) -> BatchScheduler:
@@ -112,6 +120,32 @@ def test_choices_of_a_job_prefill_one_after_the_other() -> None:
     assert scheduler.admit() == choices[1:2]
 
 
+def test_a_long_common_beginning_is_waited_for_unless_the_other_is_of_a_lower_class() -> None:
+    scheduler = _scheduler(rows=8)
+    first, same, high, short = (
+        _sequence(name, tokens, rank=rank, arrival=at)
+        for at, (name, tokens, rank) in enumerate([("a", 500, 1), ("b", 300, 1), ("c", 300, 0), ("d", 100, 1)])
+    )
+    scheduler.add(first)
+    scheduler.admit()
+    for sequence in (same, high, short):
+        scheduler.add(sequence)
+    assert scheduler.admit() == [high, short]
+    scheduler.remove(high)
+    scheduler.promote(first)
+    assert scheduler.admit() == [same]
+
+
+def test_a_beginning_that_was_cached_already_is_not_waited_for() -> None:
+    scheduler = _scheduler()
+    first, second = _sequence("a", 300), _sequence("b", 300, arrival=1)
+    scheduler.add(first)
+    scheduler.admit()
+    first.cached_tokens = 256
+    scheduler.add(second)
+    assert scheduler.admit() == [second]
+
+
 def test_prefill_and_decode_take_turns_while_streams_run() -> None:
     scheduler = _scheduler()
     _start(scheduler, _sequence("stream", 5))
@@ -168,7 +202,7 @@ def test_the_first_in_order_gets_half_and_the_shortest_the_rest() -> None:
     _start(scheduler, _sequence("stream", 5))
     scheduler.observe_prefill(tokens=100, seconds=0.1)
     for name, tokens, arrival in (("first", 900, 1), ("long", 800, 2), ("short", 21, 3)):
-        scheduler.add(_sequence(name, tokens, arrival=arrival))
+        scheduler.add(_sequence(name, tokens, arrival=arrival, start=arrival))
     scheduler.admit()
     decision = scheduler.schedule()
     assert isinstance(decision, Prefill)

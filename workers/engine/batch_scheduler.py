@@ -18,6 +18,7 @@ MIN_IDLE_CHUNK_TOKENS = 128
 MAX_CHUNK_TOKENS = 2048
 IDLE_STALL_FACTOR = 4  # with no stream running, a chunk may take this many stalls: only cancels wait for it
 SMALLEST_CAPACITY = 32
+SHARED_TOKENS_WORTH_WAITING = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +135,8 @@ class BatchScheduler:
         for sequence in list(self.waiting):
             if not self._fits(sequence):
                 break
-            if any(other.job_id == sequence.job_id for other in self.prefilling):
-                continue  # a sibling is prefilling the same prompt: its pages will serve this one
+            if any(_worth_waiting_for(other, sequence) for other in self.prefilling):
+                continue  # what it prefills now will be found in the prefix cache
             self.waiting.remove(sequence)
             self.prefilling.append(sequence)
             sequence.phase = Phase.PREFILL
@@ -194,6 +195,16 @@ class BatchScheduler:
         else:
             least, stall_s = MIN_IDLE_CHUNK_TOKENS, self._limits.stall_s * IDLE_STALL_FACTOR
         return min(MAX_CHUNK_TOKENS, max(least, int(self._tokens_per_s * stall_s)))
+
+
+def _worth_waiting_for(other: Sequence, sequence: Sequence) -> bool:
+    """Whether `other` is prefilling enough of the same beginning that doing it twice would take longer."""
+    if other.job_id == sequence.job_id:
+        return True
+    if other.priority_rank > sequence.priority_rank:
+        return False
+    needed = other.cached_tokens + SHARED_TOKENS_WORTH_WAITING
+    return len(sequence.prompt_ids) > needed and other.prompt_ids[:needed] == sequence.prompt_ids[:needed]
 
 
 def _remaining(sequence: Sequence) -> int:

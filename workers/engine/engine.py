@@ -10,12 +10,11 @@ the device's on step k + 1. A row that a stop string ends has its one extra toke
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from scheduler.errors import ContextLengthExceeded, EngineFailure, InvalidRequest, SpillwayError
+from scheduler.errors import EngineFailure, SpillwayError
 from scheduler.request import InferenceRequest, SamplingParams
 from scheduler.settings import Settings
 from scheduler.telemetry import get_logger
@@ -25,7 +24,9 @@ from workers.engine import metal
 from workers.engine.batch_scheduler import BatchLimits, BatchScheduler, Chunk, Decode, Idle, Prefill
 from workers.engine.detokenizer import TextStream
 from workers.engine.engine_stats import EngineStats
-from workers.engine.lane import DecodeFlight, Lane
+from workers.engine.flight import DecodeFlight, PrefillFlight, suspects_of
+from workers.engine.job_check import check_job
+from workers.engine.lane import Lane
 from workers.engine.lane_choice import choose_lane
 from workers.engine.loader import LoadedModel
 from workers.engine.logprobs import LogprobReader
@@ -60,17 +61,6 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class _PrefillFlight:
-    chunks: tuple[Chunk, ...]
-    arrays: list[mx.array]
-    launched_s: float
-
-    @property
-    def sequences(self) -> list[Sequence]:
-        return [chunk.sequence for chunk in self.chunks]
-
-
-@dataclass(frozen=True, slots=True)
 class _Landed:
     """A decode step's result on the host: batch row, sequence and token of every row that still wants it."""
 
@@ -100,7 +90,7 @@ class Engine:
             )
         )
         self._runs: dict[tuple[str, int], JobRun] = {}
-        self._flight: DecodeFlight | _PrefillFlight | None = None
+        self._flight: DecodeFlight | PrefillFlight | None = None
         self._events: list[BackendEvent] = []
         self._arrivals = 0
         self._counted = EngineStats()
@@ -162,7 +152,7 @@ class Engine:
         """Take a job; what is wrong with it comes out of the next step as a JobError."""
         self._arrivals += 1
         try:
-            self._check(job)
+            check_job(job, self._loaded.vocab_size, self._limits.context_tokens)
             run = build_run(job, self._limits, self._arrivals, self._new_text)
         except SpillwayError as error:
             self._events.append(JobError(job.job_id, job.attempt, error.code, error.message, error.param))
@@ -201,7 +191,7 @@ class Engine:
         match flight:
             case None:
                 return None
-            case _PrefillFlight():
+            case PrefillFlight():
                 self._land_prefill(flight)
                 self._flight = None
                 return None
@@ -219,7 +209,7 @@ class Engine:
         metal.tidy(self._counted.decode_steps)
         return _Landed(draws, reader)
 
-    def _land_prefill(self, flight: _PrefillFlight) -> None:
+    def _land_prefill(self, flight: PrefillFlight) -> None:
         mx.eval(flight.arrays)
         tokens = sum(chunk.count for chunk in flight.chunks)
         self._scheduler.observe_prefill(tokens, time.perf_counter() - flight.launched_s)
@@ -238,7 +228,7 @@ class Engine:
             self._scheduler.send_back(victim)
             self._counted.preemptions += 1
 
-    def _launch(self) -> DecodeFlight | _PrefillFlight | None:
+    def _launch(self) -> DecodeFlight | PrefillFlight | None:
         for sequence in self._scheduler.admit():
             self.lane.begin(sequence)
             self._counted.cached_tokens += sequence.prefilled
@@ -250,7 +240,7 @@ class Engine:
             case Decode():
                 return self.lane.decode()
             case Prefill(chunks):
-                flight = _PrefillFlight(chunks, [], time.perf_counter())
+                flight = PrefillFlight(chunks, [], time.perf_counter())
                 self._flight = flight  # names the suspects, should the launch itself fail
                 flight.arrays.extend(self.lane.prefill(chunks))
                 return flight
@@ -296,7 +286,7 @@ class Engine:
     def _recover(self, error: Exception) -> None:
         """A launch or its result failed: a lone suspect fails, several are retried one by one, the rest start over."""
         flight, self._flight = self._flight, None
-        suspects = _sequences_of(flight) or [*self._scheduler.prefilling, *self._scheduler.running]
+        suspects = suspects_of(flight) or [*self._scheduler.prefilling, *self._scheduler.running]
         suspects = [sequence for sequence in suspects if not sequence.is_finished]
         _log.warning("a step failed", error=repr(error), rows=len(suspects))
         self._counted.failed_steps += 1
@@ -329,31 +319,3 @@ class Engine:
 
     def _new_text(self, params: SamplingParams) -> TextStream:
         return TextStream(self._loaded.tokenizer, params.stop, params.include_stop)
-
-    def _check(self, job: PreparedJob) -> None:
-        """Refuse what would read outside the model's tables or could never produce a token."""
-        vocab, context = self._loaded.vocab_size, self._limits.context_tokens
-        if not job.prompt_ids:
-            raise InvalidRequest("The prompt has no tokens.", param="messages")
-        if len(job.prompt_ids) >= context:
-            raise ContextLengthExceeded(
-                f"The prompt has {len(job.prompt_ids)} tokens; the model's context is {context}.", param="messages"
-            )
-        if not _all_within(job.prompt_ids, vocab):
-            raise InvalidRequest(f"A prompt token is outside the vocabulary of {vocab}.", param="messages")
-        if not _all_within(job.request.sampling.logit_bias, vocab):
-            raise InvalidRequest(f"A logit_bias token is outside the vocabulary of {vocab}.", param="logit_bias")
-
-
-def _sequences_of(flight: DecodeFlight | _PrefillFlight | None) -> list[Sequence]:
-    match flight:
-        case None:
-            return []
-        case DecodeFlight():
-            return [s for _, s in flight.rows if s.phase is Phase.RUNNING and not s.is_finished]
-        case _PrefillFlight():
-            return [s for s in flight.sequences if s.phase is Phase.PREFILL]
-
-
-def _all_within(tokens: Iterable[int], vocab_size: int) -> bool:
-    return all(0 <= token < vocab_size for token in tokens)

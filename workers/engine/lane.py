@@ -8,30 +8,13 @@ Two lanes: slot_lane batches models whose caches are plain KV; sequential_lane r
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 from typing import Protocol
 
 import mlx.core as mx
 
 from workers.engine.batch_scheduler import Chunk
-from workers.engine.logprobs import LogprobFlight
+from workers.engine.flight import DecodeFlight
 from workers.engine.sequence import Sequence
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeFlight:
-    """A decode step that the device works on: who sits in which row, and the arrays to wait for."""
-
-    rows: tuple[tuple[int, Sequence], ...]
-    tokens: mx.array
-    logprobs: LogprobFlight | None
-    others: tuple[mx.array, ...] = ()
-
-    def land(self) -> list[int]:
-        """Wait for the step; the drawn token of every row."""
-        logprobs = [] if self.logprobs is None else self.logprobs.arrays
-        mx.eval(self.tokens, *logprobs, *self.others)
-        return self.tokens.tolist()  # pyright: ignore[reportReturnType]
 
 
 class Lane(Protocol):

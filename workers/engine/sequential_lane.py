@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from workers.engine.batch_scheduler import Chunk
-from workers.engine.lane import DecodeFlight
+from workers.engine.flight import DecodeFlight
 from workers.engine.logprobs import launch_logprobs
 from workers.engine.sampler import Sampling, build_sampling, sample
 from workers.engine.sequence import Sequence

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from workers.engine.batch_scheduler import SMALLEST_CAPACITY, Chunk, capacity_bucket, power_bucket, row_bucket
-from workers.engine.lane import DecodeFlight
+from workers.engine.flight import DecodeFlight
 from workers.engine.logprobs import LogprobFlight, launch_logprobs
 from workers.engine.model_runner import ModelRunner
 from workers.engine.page_store import PageStore
