@@ -187,6 +187,15 @@ def test_a_chunk_that_took_too_long_shortens_the_next() -> None:
     assert _budget(scheduler) == 200
 
 
+def test_short_prompts_do_not_make_long_ones_look_slow() -> None:
+    scheduler = _scheduler(stall_s=0.1)
+    _start(scheduler, _sequence("stream", 5))
+    scheduler.observe_prefill(tokens=400, seconds=0.1)
+    for _ in range(10):
+        scheduler.observe_prefill(tokens=5, seconds=0.01)
+    assert _budget(scheduler) == 400
+
+
 def test_the_chunk_has_bounds() -> None:
     assert _budget(_scheduler()) == MIN_IDLE_CHUNK_TOKENS
     slow = _scheduler()

@@ -16,6 +16,7 @@ from workers.engine.sequence import Phase, Sequence, in_service_order
 MIN_CHUNK_TOKENS = 16
 MIN_IDLE_CHUNK_TOKENS = 128
 MAX_CHUNK_TOKENS = 2048
+TELLING_CHUNK_TOKENS = 64  # a shorter chunk is mostly overhead and says little about a long one's speed
 IDLE_STALL_FACTOR = 4  # with no stream running, a chunk may take this many stalls: only cancels wait for it
 SMALLEST_CAPACITY = 32
 SHARED_TOKENS_WORTH_WAITING = 128
@@ -157,7 +158,10 @@ class BatchScheduler:
         if tokens <= 0 or seconds <= 0:
             return
         speed = tokens / seconds
-        self._tokens_per_s = speed if self._tokens_per_s == 0 else 0.6 * self._tokens_per_s + 0.4 * speed
+        if self._tokens_per_s == 0:
+            self._tokens_per_s = speed
+        elif tokens >= TELLING_CHUNK_TOKENS or speed > self._tokens_per_s:
+            self._tokens_per_s = 0.6 * self._tokens_per_s + 0.4 * speed
         self._debt_s = min(max(0.0, self._debt_s + seconds - self._limits.stall_s), self._limits.stall_s)
 
     def victim(self) -> Sequence | None:
