@@ -104,9 +104,9 @@ class DrainingServer(uvicorn.Server):
 def listening_socket(host: str, port: int) -> Generator[socket.socket]:
     """A bound socket, closed at the end; raises StartupError naming what is in the way."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # of a name with both, IPv4: what clients and people mean by localhost
+        family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise StartupError(f"SPILLWAY_HOST: {host} is no address of this machine ({error.strerror}).") from error

@@ -305,6 +305,28 @@ def test_silence_is_filled_with_comments(tmp_path_factory: pytest.TempPathFactor
         assert chunks(failed.body)[-1]["error"]["type"] == "server_error"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_job_that_redis_lost_ends_in_an_error_not_in_silence(
+    tmp_path_factory: pytest.TempPathFactory, stream: bool
+) -> None:
+    with (
+        running_api_alone(tmp_path_factory.mktemp("lost"), keepalive_s=0.2) as stage,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        body = stage.chat("hi", stream=stream, model="org/other-model")
+        asking = pool.submit(stage.request, "POST", CHAT, body)
+        wait_until(stage.live_jobs)
+        stage.call(forget_everything(stage))
+        answer = asking.result()
+        error = chunks(answer.body)[-1]["error"] if answer.status == 200 else answer.error
+        assert (error["type"], error["code"]) == ("server_error", "internal_error")
+        assert stream or answer.status == 500
+
+
+async def forget_everything(stage: Stage) -> None:
+    await stage.services.redis.flushall()
+
+
 def test_a_full_queue_is_429_with_retry_after(tmp_path_factory: pytest.TempPathFactory) -> None:
     with running_api_alone(tmp_path_factory.mktemp("full"), queue_depth_cap=1) as stage:
         body = stage.chat("hi", stream=True, model="org/other-model")
