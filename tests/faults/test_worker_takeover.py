@@ -25,7 +25,7 @@ from tests.conftest import SHARD, wait_until
 from tests.tiny_model import write_tiny_model
 from tests.worker_stage import Client, Stream, Workers
 
-TOKENS = 600
+TOKENS = 1000
 HANG_S = 3.0
 
 
@@ -88,7 +88,7 @@ async def expected(workers: Workers, client: Client, fleet: Fleet, remembered: l
     return remembered
 
 
-async def _with_a_disturbance(client: Client, disturb: Any, *, after_tokens: int = 60) -> list[Stream]:
+async def _with_a_disturbance(client: Client, disturb: Any, *, after_tokens: int = 20) -> list[Stream]:
     """All requests at once; when each has said something, `disturb` happens; then all run to their end."""
     async with AsyncExitStack() as stack:
         running = [
