@@ -9,7 +9,6 @@ An event is logged before it is published, so whatever was dropped live is in th
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 
@@ -35,7 +34,7 @@ class Subscription:
         self._read_log = read_log
         self._live: deque[bytes] = deque()
         self._behind = True
-        self._wake = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
         self._silence_s = _SILENCE_S[0]
         self._look_at = asyncio.get_running_loop().time() + self._silence_s
 
@@ -48,13 +47,13 @@ class Subscription:
             self.catch_up()
             return
         self._live.append(message)
-        self._wake.set()
+        self._wake()
 
     def catch_up(self) -> None:
         """Live messages may have been missed: the next read goes to the log."""
         self._live.clear()
         self._behind = True
-        self._wake.set()
+        self._wake()
 
     async def read(self, timeout_s: float) -> list[tuple[EventId, TokenEvent]]:
         """All ready events, in order; waits up to `timeout_s` for the first, [] if none came.
@@ -77,12 +76,21 @@ class Subscription:
                 await self._wait(min(give_up, self._look_at) - now)
         return []
 
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
     async def _wait(self, seconds: float) -> None:
-        self._wake.clear()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, seconds)):
-                await self._wake.wait()
-        now = asyncio.get_running_loop().time()
+        """Until woken or `seconds` later; a bare future and timer, as this runs once per event of every stream."""
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        alarm = loop.call_later(max(0.0, seconds), self._wake)
+        try:
+            await self._waiter
+        finally:
+            alarm.cancel()
+            self._waiter = None
+        now = loop.time()
         if now >= self._look_at and not self._live:
             self._silence_s = min(self._silence_s * 2, _SILENCE_S[1])
             self._look_at = now + self._silence_s
