@@ -32,7 +32,6 @@ class Settings(BaseSettings):
     keepalive_s: float = Field(default=15.0, gt=0)
     allowed_hosts: str = ""
     allowed_origins: str = ""
-    default_model: str | None = None
 
     # Queue
     queue_depth_cap: int = Field(default=10_000, ge=1)
