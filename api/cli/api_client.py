@@ -61,7 +61,10 @@ class ApiClient:
             answer = self._http.request(method, path, json=body)
         if answer.status_code >= httpx2.codes.BAD_REQUEST:
             raise _error(answer)
-        return answer.json()
+        try:
+            return answer.json()
+        except ValueError as error:
+            raise NotReachable(f"{self.url} answers, and not as Spillway does.") from error
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -71,10 +74,10 @@ class ApiClient:
             raise NotReachable(f"Nothing answers at {self.url}. Start it with `spillway up`, or give --url.") from None
         except httpx2.TimeoutException:
             raise NotReachable(f"{self.url} did not answer in time.") from None
-        except httpx2.TransportError as error:
-            raise NotReachable(f"The connection to {self.url} broke: {error}.") from error
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
             raise NotReachable(f"{self.url} is not an address like http://127.0.0.1:8000.") from error
+        except httpx2.TransportError as error:
+            raise NotReachable(f"The connection to {self.url} broke: {error}.") from error
 
 
 def service_url(settings: Settings) -> str:

@@ -45,7 +45,9 @@ def up(
     host: Host = None,
     home: Home = None,
     model: Models = None,
-    workers: Annotated[int | None, typer.Option(min=1, max=64, help="Worker processes.  [default: 1]")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=64, metavar="N", help="Worker processes. (default: 1)")
+    ] = None,
     log_level: LogLevel = None,
 ) -> None:
     """Start everything on this machine; Ctrl-C stops it."""
@@ -74,8 +76,8 @@ def stop(home: Home = None) -> None:
 @app.command(rich_help_panel="Talk to it")
 def chat(
     model: Model = "default",
-    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="The longest answer.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told first.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="The longest answer.")] = None,
     url: Url = None,
     api_key: ApiKey = None,
     home: Home = None,

@@ -10,12 +10,16 @@ import typer
 from scheduler.settings import Settings, load_settings
 
 Home = Annotated[
-    Path | None, typer.Option(help="Where state lives.  [default: $SPILLWAY_HOME or ~/.spillway]", show_default=False)
+    Path | None,
+    typer.Option(metavar="DIR", help="Where state lives. (default: $SPILLWAY_HOME or ~/.spillway)", show_default=False),
 ]
-Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the API.  [default: 8000]")]
-Host = Annotated[str | None, typer.Option(help="Address that the API listens on.  [default: 127.0.0.1]")]
+Port = Annotated[int | None, typer.Option(min=1, max=65535, metavar="PORT", help="Port of the API. (default: 8000)")]
+Host = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="Address that the API listens on. (default: 127.0.0.1)")
+]
 LogLevel = Annotated[
-    Literal["debug", "info", "warning", "error"] | None, typer.Option(help="How much is logged.  [default: info]")
+    Literal["debug", "info", "warning", "error"] | None,
+    typer.Option(metavar="LEVEL", help="debug, info, warning or error: how much is logged. (default: info)"),
 ]
 Models = Annotated[
     list[str] | None,
@@ -29,9 +33,13 @@ Models = Annotated[
 Model = Annotated[str, typer.Option(metavar="NAME", help="A name that `spillway models` shows.")]
 Url = Annotated[
     str | None,
-    typer.Option(help="Where Spillway answers.  [default: the one running on this home]", show_default=False),
+    typer.Option(
+        metavar="URL", help="Where Spillway answers. (default: the one running on this home)", show_default=False
+    ),
 ]
-ApiKey = Annotated[str | None, typer.Option(help="A key, where one is needed.  [default: $SPILLWAY_API_KEY]")]
+ApiKey = Annotated[
+    str | None, typer.Option(metavar="KEY", help="A key, where one is needed. (default: $SPILLWAY_API_KEY)")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
