@@ -58,6 +58,10 @@ def test_temperature_sharpens(logits: Floats) -> None:
     assert abs(counts[expected.argmax()] / 2000 - expected.max()) < 0.04
 
 
+def test_a_temperature_near_zero_is_greedy(logits: Floats) -> None:
+    assert set(_draws(SamplingParams(temperature=1e-38), logits, 200)) == {int(logits.argmax())}
+
+
 def test_top_k_draws_from_the_k_best_only(logits: Floats) -> None:
     drawn = set(_draws(SamplingParams(top_k=5), logits, 2000))
     assert drawn == set(np.argsort(-logits)[:5].tolist())

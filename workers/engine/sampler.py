@@ -19,6 +19,7 @@ import numpy as np
 from workers.engine.sequence import Sequence
 
 Rows = Items[Sequence | None]
+_COLDEST = 1e-4  # colder is greedy in all but name, and logits over it would overflow
 
 
 class Variant(NamedTuple):
@@ -160,7 +161,8 @@ def _draw_rows(rows: Rows, vocab_size: int) -> DrawRows:
     for at, row in enumerate(rows):
         if row is not None:
             params = row.params
-            values[at] = (params.temperature, params.top_k or vocab_size, params.top_p, params.min_p)
+            temperature = 0.0 if params.is_greedy else max(params.temperature, _COLDEST)
+            values[at] = (temperature, params.top_k or vocab_size, params.top_p, params.min_p)
             keys[at] = row_key(params.seed, row.index)
     return DrawRows(
         temperature=mx.array(values[:, 0]),
