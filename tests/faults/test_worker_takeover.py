@@ -81,10 +81,11 @@ def remembered() -> list[Stream]:
 
 @pytest.fixture
 async def expected(workers: Workers, client: Client, fleet: Fleet, remembered: list[Stream]) -> list[Stream]:
-    """Two workers run, and this is what they answer to each request alone, asked once for all tests."""
+    """Two workers run, and this is what they answer when nothing disturbs them, asked once for all tests."""
     await workers.ensure(2, fleet)
     if not remembered:
-        remembered += [await client.answer(ask.text, n=ask.n, max_tokens=TOKENS, **ask.sampling) for ask in ASKS]
+        answers = (client.answer(ask.text, n=ask.n, max_tokens=TOKENS, **ask.sampling) for ask in ASKS)
+        remembered += await asyncio.gather(*answers)
     return remembered
 
 
