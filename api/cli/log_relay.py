@@ -59,7 +59,7 @@ class LogRelay:
     def last_words(self, process: str) -> LastWords:
         return self._words.setdefault(process, LastWords())
 
-    def obituary(self, process: str, status: int) -> str:
+    def obituary(self, process: str, status: int | None) -> str:
         """One line about a process that ended at once without giving a reason."""
         words = self.last_words(process)
         said = words.trouble or words.doing or f"status {status}"

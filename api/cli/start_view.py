@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 State = Literal["working", "done", "failed"]
+
+
+class SteadyConsole(Console):
+    """A console whose reader may go away (`spillway up | head`): rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        return
 
 
 @dataclass(slots=True)
@@ -48,8 +56,9 @@ class StartView:
         self.close()
 
     def close(self) -> None:
-        """Leave the last state on the screen; idempotent."""
-        self._live.stop()
+        """Leave the last state on the screen; idempotent. A terminal that was closed is no reason to fail."""
+        with contextlib.suppress(OSError):
+            self._live.stop()
 
     @property
     def elapsed_s(self) -> float:

@@ -9,6 +9,7 @@ happens on the event loop of `up`.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
@@ -44,7 +45,7 @@ class Supervisor:
         self._stage_grace_s = stage_grace_s
         self._on_change = on_change
         self._outputs: dict[str, asyncio.Task[None]] = {}
-        self._starting: set[asyncio.Task[None]] = set()
+        self._starting: set[asyncio.Task[Child | None]] = set()
         self.children: dict[str, Child] = {}
         self.history: dict[str, RestartState] = {spec.name: RestartState() for spec in self._specs}
         self.was_ready = False
@@ -82,10 +83,9 @@ class Supervisor:
             await spec.after.wait()
         while True:
             child = await self._start(spec)
-            status = await child.wait()
-            await child.kill_group()
-            await self._last_output(spec.name)
-            state = self.history[spec.name] = self.history[spec.name].after_exit(child.ran_s)
+            status = None if child is None else await self._end_of(spec.name, child)
+            ran_s = 0.0 if child is None else child.ran_s
+            state = self.history[spec.name] = self.history[spec.name].after_exit(ran_s)
             words = self._relay.last_words(spec.name)
             if gives_up(state, was_ready=self.was_ready, says_final=words.cannot_start is not None):
                 raise StartupError(words.cannot_start or self._relay.obituary(spec.name, status))
@@ -93,26 +93,37 @@ class Supervisor:
                 "a process ended and is started again",
                 child=spec.name,
                 status=status,
+                reason=words.trouble,
                 restarts=state.restarts,
                 delay_s=state.delay_s,
             )
             await asyncio.sleep(state.delay_s)
 
-    async def _start(self, spec: ProcessSpec) -> Child:
+    async def _end_of(self, name: str, child: Child) -> int:
+        status = await child.wait()
+        await child.kill_group()
+        await self._last_output(name)
+        return status
+
+    async def _start(self, spec: ProcessSpec) -> Child | None:
         # A start that is cancelled half-way would leave a process that nobody knows of.
         task = self._tasks.create_task(self._spawn(spec))
         self._starting.add(task)
         task.add_done_callback(self._starting.discard)
-        await asyncio.shield(task)
-        return self.children[spec.name]
+        return await asyncio.shield(task)
 
-    async def _spawn(self, spec: ProcessSpec) -> None:
+    async def _spawn(self, spec: ProcessSpec) -> Child | None:
         self._relay.forget_words(spec.name)
-        child = await Child.spawn(spec, self._environment, self._parent_pipe)
+        try:
+            child = await Child.spawn(spec, self._environment, self._parent_pipe)
+        except OSError as error:  # no memory, no process or no file left
+            self._relay.last_words(spec.name).trouble = f"it cannot be started: {error.strerror}"
+            return None
         self.children[spec.name] = child
-        take = lambda text: self._relay.line(spec.name, text)  # noqa: E731
-        self._outputs[spec.name] = self._tasks.create_task(child.relay_output(take))
+        relay = functools.partial(self._relay.line, spec.name)
+        self._outputs[spec.name] = self._tasks.create_task(child.relay_output(relay))
         self._on_change()
+        return child
 
     async def _last_output(self, name: str) -> None:
         await asyncio.wait([self._outputs[name]], timeout=_OUTPUT_WAIT_S)

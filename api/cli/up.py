@@ -17,8 +17,6 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from api.cli.announcement import print_announcement
 from api.cli.child import ProcessSpec
 from api.cli.home import prepare_home
@@ -33,7 +31,7 @@ from api.cli.run_file import (
     remove_run_note,
     write_run_note,
 )
-from api.cli.start_view import StartView
+from api.cli.start_view import StartView, SteadyConsole
 from api.cli.supervisor import Supervisor
 from scheduler.errors import StartupError
 from scheduler.settings import Settings
@@ -74,7 +72,7 @@ class Up:
         self._settings = settings
         self._address = address
         self._relay = relay
-        self._console = Console(highlight=False)
+        self._console = SteadyConsole(highlight=False)
         self._view = StartView(self._console, lambda name: relay.last_words(name).doing)
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -162,7 +160,10 @@ class Up:
         self._view.close()
         log.info("ready", address=self._address, seconds=round(self._view.elapsed_s, 1))
         self._relay.quiet = False
-        print_announcement(self._console, self._settings, self._address, readiness.models, needs_key=self._needs_key)
+        with contextlib.suppress(OSError):  # the terminal was closed; the service goes on
+            print_announcement(
+                self._console, self._settings, self._address, readiness.models, needs_key=self._needs_key
+            )
 
     def _write_note(self) -> None:
         supervisor = self._supervisor

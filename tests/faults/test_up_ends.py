@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +57,7 @@ def assert_nothing_left(home: Path, pids: dict[int, str]) -> None:
     left = [path for path in home.rglob("*") if path.is_socket() or path.is_fifo()]
     assert left == []
     assert not (home / "run.json").exists()
-    assert list((home / "tmp").iterdir()) == []
+    assert list(home.glob("tmp/*")) == []
 
 
 def test_killed_then_started_again_then_stopped(tmp_path: Path, model: str) -> None:
@@ -135,6 +140,32 @@ def test_ctrl_c_during_the_start_leaves_nothing(tmp_path: Path, model: str) -> N
     service.process.send_signal(signal.SIGINT)
     assert service.process.wait(timeout=60) == 0
     assert_nothing_left(tmp_path / "home", members)
+
+
+def test_a_closed_terminal_ends_it_cleanly(tmp_path: Path, model: str) -> None:
+    """On a terminal the start is shown part by part; closing the window is a stop like any other."""
+    home, port = tmp_path / "home", free_port()
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "api.cli", "up", "--home", str(home), "--port", str(port), "--model", model]
+    process = subprocess.Popen(
+        command,
+        env=environment(**QUIET, TERM="xterm", COLUMNS="100", LINES="30"),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that the closed window becomes a SIGHUP
+    )
+    os.close(theirs)
+    shown = ""
+    while not ("redis" in shown and "worker-1" in shown):
+        assert select.select([ours], [], [], 30.0)[0], shown
+        shown += os.read(ours, 65536).decode("utf-8", "replace")
+    members = family(Service(process, port, home, tmp_path))
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    assert_nothing_left(home, members)
+    assert "error" not in {json.loads(line)["level"] for line in (home / "logs" / "up.log").read_text().splitlines()}
 
 
 def test_a_start_right_after_a_kill_recovers_and_spillway_stop_waits_for_the_end(tmp_path: Path, model: str) -> None:

@@ -203,3 +203,9 @@ async def test_a_failure_beside_the_children_ends_them(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="The database is newer"):
         await scene.run(fails)
     assert len(scene.pids) == 1
+
+
+async def test_a_program_that_is_missing_is_named(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, ProcessSpec("one", ("/no/such/program",), 0), python("two", SLEEPER))
+    with pytest.raises(StartupError, match="one ends at once: it cannot be started: No such file"):
+        await scene.run(forever)
