@@ -6,7 +6,7 @@ import msgspec
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
-    """One model behind one pool. `position` orders the models of one `up` (0 is `default`); `created_s` is Unix time."""
+    """One model behind one pool; `position` 0 of an `up` is `default`, `created_s` is Unix time."""
 
     id: str
     context_tokens: int
