@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -20,13 +21,14 @@ from api.responses import json_response
 from api.routes.models import read_limit
 from api.services import Services
 from api.sse import KEEP_ALIVE, EventStream, sse_event
-from scheduler.errors import JobConflict, JobNotFound, SpillwayError
+from scheduler.errors import JobConflict, JobNotFound, QueueUnavailable, SpillwayError
 from scheduler.job import JobState, JobView, shard_of
 from scheduler.queue.token_bus import Subscription
-from scheduler.tokens import Delta, EventId, Failed, Finished, Started, TokenEvent
+from scheduler.tokens import SEQ_TERMINAL, Delta, EventId, Failed, Finished, Started, TokenEvent
 
 MAX_LIMIT = 1000
 READ_SLICE_S = 1.0
+_EVENT_ID = re.compile(r"[0-9]{1,10}-[0-9]{1,10}")
 Caller = Annotated[Principal, Depends(require_principal)]
 router = APIRouter()
 
@@ -109,9 +111,22 @@ class EventsStream(Response):
                 yield b"".join(sse_event(str(at), *_named(event)) for at, event in events)
             elif left > 0:
                 continue
+            elif await self._over(subscription):
+                return
             else:
                 yield KEEP_ALIVE
             written = time.monotonic()
+
+    async def _over(self, subscription: Subscription) -> bool:
+        """After a long silence: whether nothing can follow any more, the job being lost, or done before the cursor."""
+        queue = self._services.queue
+        try:
+            job = await queue.view(self._job_id)
+            if job is None or not job.state.is_terminal:
+                return job is None
+            return not await queue.read_events(self._job_id, subscription.last_id, 1)
+        except QueueUnavailable:
+            return False
 
 
 def job_body(job: JobView) -> dict[str, Any]:
@@ -165,12 +180,11 @@ def _read_cursor(request: Request) -> EventId | None:
     text = request.headers.get("last-event-id") or request.query_params.get("after")
     if not text:
         return None
-    try:
-        return EventId.parse(text)
-    except ValueError as error:
+    if _EVENT_ID.fullmatch(text) is None or (at := EventId.parse(text)).seq > SEQ_TERMINAL:
         raise BadParameter(
             f"'{text[:40]}' is no event id; one looks like 1-42.", param="Last-Event-ID", reason="invalid_value"
-        ) from error
+        )
+    return at
 
 
 def _named(event: TokenEvent) -> tuple[str, bytes]:

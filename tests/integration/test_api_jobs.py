@@ -12,6 +12,7 @@ import pytest
 
 from scheduler.db.keys import KeyStore
 from tests.api_stage import Stage, running_api_alone, wait_until
+from tests.integration.test_api_chat import forget_everything
 
 CHAT = "/v1/chat/completions"
 WORDS = [f"w{number} " for number in range(8)]
@@ -139,10 +140,32 @@ def test_silent_event_streams_get_comments(stage: Stage) -> None:
     assert answer.body.count(b": keep-alive\n\n") >= 2
 
 
-@pytest.mark.parametrize("cursor", ["x", "1", "1-", "-", "1-2-3", "one-two"])
+@pytest.mark.parametrize("cursor", ["x", "1", "1-", "-", "1-2-3", "one-two", "1--5", "1_0-1", f"1-{10**20}"])
 def test_a_malformed_cursor_is_400(stage: Stage, cursor: str) -> None:
     answer = stage.request("GET", f"/v1/jobs/{finished_job(stage)}/events", Last_Event_ID=cursor)
     assert (answer.status, answer.error["param"]) == (400, "Last-Event-ID")
+
+
+def test_a_cursor_behind_the_end_of_a_finished_job_ends_the_stream(stage: Stage) -> None:
+    answer = stage.request("GET", f"/v1/jobs/{finished_job(stage)}/events", Last_Event_ID="999-0")
+    assert (answer.status, events(answer.body)) == (200, [])
+
+
+def test_the_events_of_a_job_that_redis_lost_end(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with (
+        running_api_alone(tmp_path_factory.mktemp("lost"), keepalive_s=0.2) as stage,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        asking = pool.submit(stage.request, "POST", CHAT, stage.chat("hi", model="org/other-model"))
+        wait_until(stage.live_jobs)
+        with stage.connect() as reader:
+            path = f"/v1/jobs/{stage.live_jobs()[0]}/events"
+            reader.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            assert reader.recv(1000).startswith(b"HTTP/1.1 200")
+            stage.call(forget_everything(stage))
+            while reader.recv(1000):
+                pass
+        assert asking.result().status == 500
 
 
 def test_a_running_job_can_be_cancelled_and_a_finished_one_not(stage: Stage) -> None:
