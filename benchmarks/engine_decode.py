@@ -141,6 +141,8 @@ def main() -> None:
     loaded = _tiny() if arguments.model == "tiny" else load(weights_path(), "demo")
     engine = Engine(loaded, EngineConfig(compile=not arguments.no_compile))
     engine.warm_up()
+    while engine.warm_next():
+        pass
     blas = os.environ.get("LD_PRELOAD", "") or "the wheel's"
     print(f"{platform.machine()}, {os.cpu_count()} cores, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}, ", end="")
     print(f"BLAS: {blas}, g++: {shutil.which('g++')}, compile: {not arguments.no_compile}")

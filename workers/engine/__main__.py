@@ -15,6 +15,7 @@ from typing import NoReturn
 from scheduler.errors import StartupError
 from scheduler.settings import Settings, load_settings
 from scheduler.telemetry import configure
+from workers.engine import kernel_header
 from workers.engine.frame_writer import FrameWriter
 from workers.engine.model_files import resolve
 from workers.engine.protocol import LoadFailed, Loading
@@ -45,6 +46,7 @@ def main() -> None:
 
 def _serve(arguments: argparse.Namespace, settings: Settings, writer: FrameWriter, watchdog: Watchdog) -> NoReturn:
     path = resolve(arguments.model, settings, lambda message: writer.send(Loading(message)))
+    kernel_header.precompile()
     from workers.engine.engine_loop import serve  # takes seconds, and a model that is not there needs none of it
 
     serve(path, arguments.model, arguments.position, settings, writer, watchdog)

@@ -136,7 +136,7 @@ class Engine:
         assert {id(sequence) for sequence in listed if not sequence.closed} == active, "a sequence is lost or leaked"
 
     def warm_up(self) -> None:
-        """Compile the usual shapes and learn the prefill speed; before traffic."""
+        """Build what takes long and learn the prefill speed; before traffic."""
         self.lane.warm_up()
         prompt = (0,) * min(_WARM_PREFILL_TOKENS, self._limits.context_tokens - 1)
         job = PreparedJob("warm-up", 1, prompt, InferenceRequest(model=self._loaded.name, messages=()))
@@ -147,6 +147,10 @@ class Engine:
             mx.eval(self.lane.prefill((Chunk(blank, 0, blank.prefill_target),)))
             self._scheduler.observe_prefill(blank.prefill_target, time.perf_counter() - started_s)
             self.lane.reset()
+
+    def warm_next(self) -> bool:
+        """While there is no work: prepare one more usual shape, in milliseconds; False when all are."""
+        return self.lane.warm_next()
 
     def add(self, job: PreparedJob) -> None:
         """Take a job; what is wrong with it comes out of the next step as a JobError."""

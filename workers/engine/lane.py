@@ -24,7 +24,11 @@ class Lane(Protocol):
     slot_tokens: int
 
     def warm_up(self) -> None:
-        """Compile the usual shapes before traffic."""
+        """Build what takes long before traffic."""
+        ...
+
+    def warm_next(self) -> bool:
+        """Prepare one more usual shape, in milliseconds; False when all are."""
         ...
 
     def begin(self, sequence: Sequence) -> None:

@@ -32,6 +32,9 @@ class SequentialLane:
     def warm_up(self) -> None:
         """Nothing is compiled here."""
 
+    def warm_next(self) -> bool:
+        return False
+
     def begin(self, sequence: Sequence) -> None:
         sequence.prefilled = 0
         self._caches[sequence] = make_prompt_cache(self._model)

@@ -61,6 +61,7 @@ class SlotLane:
         self.slot_tokens = sizes.slot_tokens
         self._slots = SlotCache(self._shapes)
         self._store = PageStore(self._shapes, sizes.pages, sizes.page_tokens)
+        self._cold: list[tuple[int, int]] = []
         self._new_books()
 
     def _new_books(self) -> None:
@@ -73,12 +74,23 @@ class SlotLane:
         self._written = False
 
     def warm_up(self) -> None:
+        """One row and several rows: kernels differ in that alone, and building them is what takes long."""
+        for rows in sorted({1, min(2, self.max_rows)}):
+            self._warm_step(rows, SMALLEST_CAPACITY)
+        self._cold = self._usual_shapes()
+
+    def warm_next(self) -> bool:
+        if not self._cold:
+            return False
+        self._warm_step(*self._cold.pop())
+        return True
+
+    def _usual_shapes(self) -> list[tuple[int, int]]:
+        """(rows, capacity) of the usual working sets, the most usual last."""
         most = min(_WARM_SLOT_TOKENS, self.slot_tokens)
-        for rows in sorted({row_bucket(count) for count in range(1, self.max_rows + 1)}):
-            for capacity in sorted({capacity_bucket(tokens) for tokens in range(1, _WARM_CAPACITY + 1)}):
-                if rows * capacity <= most:
-                    self._warm_step(rows, capacity)
-        self.reset()
+        rows = {row_bucket(count) for count in range(1, self.max_rows + 1)}
+        capacities = {capacity_bucket(tokens) for tokens in range(1, _WARM_CAPACITY + 1)}
+        return [(r, c) for r in sorted(rows, reverse=True) for c in sorted(capacities, reverse=True) if r * c <= most]
 
     def begin(self, sequence: Sequence) -> None:
         tokens = sequence.tokens
