@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 
@@ -99,6 +101,7 @@ class EnginePipe:
         return await self.exit_status()
 
     async def kill(self) -> int:
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # its compilers too
         return await asyncio.wait_for(self._process.wait(), _END_WAIT_S)

@@ -201,6 +201,31 @@ async def test_a_model_that_cannot_be_loaded_is_one_line_and_leaves_nothing(mode
     assert list((tmp_path / "home" / "tmp").iterdir()) == []
 
 
+def _is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+async def test_compilers_end_with_their_engine(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, compiler = tmp_path / "running", tmp_path / "bin" / "g++"
+    compiler.parent.mkdir()
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit\necho $$ >>{running}\nexec sleep 600\n')
+    compiler.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{compiler.parent}{os.pathsep}{os.environ['PATH']}")
+    backend = LocalBackend(str(model_path), _settings(tmp_path / "home", compile=True))
+    starting = asyncio.ensure_future(backend.start())
+    await wait_until(lambda: running.exists() and running.read_text().endswith("\n"), within_s=60)
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    pids = [int(pid) for pid in running.read_text().split()]
+    await wait_until(lambda: not any(_is_running(pid) for pid in pids))
+    assert list((tmp_path / "home" / "tmp").iterdir()) == []
+
+
 _PARENT = """
 import asyncio, sys
 from pathlib import Path
