@@ -1,4 +1,7 @@
-"""Takes the worker's frames from stdin and tokenizes prompts, on a thread of its own beside the engine thread."""
+"""Takes the worker's frames from stdin and tokenizes prompts, on two threads beside the engine thread.
+
+Two, so that a long prompt's tokenization holds up neither a cancel nor the worker that writes the next frame.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from scheduler.errors import InternalError, SpillwayError
+from scheduler.errors import InternalError, JobCancelled, SpillwayError
 from scheduler.request import decode_request
 from scheduler.telemetry import get_logger
 from workers.backend import JobError
@@ -25,17 +28,24 @@ Order = PreparedJob | JobError | Cancel
 
 
 class Intake:
-    """Orders for the engine thread, in the order in which the worker gave them; one per Submit or Cancel frame."""
+    """Orders for the engine thread: one per Submit, in the worker's order, and the cancels of those already given."""
 
     def __init__(self, stream: BinaryIO, model: LoadedModel, on_end: Callable[[], None]) -> None:
         self._stream = stream
         self._model = model
         self._on_end = on_end
         self._orders: queue.Queue[Order] = queue.Queue(_MAX_WAITING)
-        self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
+        self._submits: queue.Queue[Submit] = queue.Queue(_MAX_WAITING)
+        self._lock = threading.Lock()
+        self._unprepared: dict[tuple[str, int], bool] = {}  # submitted and not yet an order; whether cancelled
+        self._threads = [
+            threading.Thread(target=self._read_all, name="intake", daemon=True),
+            threading.Thread(target=self._prepare_all, name="tokenizer", daemon=True),
+        ]
 
     def start(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def take(self, timeout_s: float) -> list[Order]:
         """All orders that are there; waits up to `timeout_s` for the first."""
@@ -47,10 +57,34 @@ class Intake:
         except queue.Empty:
             return orders
 
-    def _run(self) -> None:
+    def _read_all(self) -> None:
         while (message := self._read()) is not None:
-            self._orders.put(self._prepare(message) if isinstance(message, Submit) else message)
+            match message:
+                case Submit():
+                    with self._lock:
+                        self._unprepared[message.job_id, message.attempt] = False
+                    self._submits.put(message)
+                case Cancel():
+                    self._cancel(message)
         self._on_end()
+
+    def _cancel(self, cancel: Cancel) -> None:
+        key = cancel.job_id, cancel.attempt
+        with self._lock:
+            if key in self._unprepared:
+                self._unprepared[key] = True
+                return
+        self._orders.put(cancel)
+
+    def _prepare_all(self) -> None:
+        while True:
+            submit = self._submits.get()
+            key = submit.job_id, submit.attempt
+            order = self._prepare(submit) if not self._unprepared[key] else None
+            with self._lock:  # a cancel that comes now must find the order given
+                if self._unprepared.pop(key) or order is None:
+                    order = JobError(*key, JobCancelled.code, "The job was cancelled.")
+                self._orders.put(order)
 
     def _read(self) -> ToEngine | None:
         """The next frame; None at the end of the stream or where it is no stream of frames."""
