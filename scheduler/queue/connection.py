@@ -34,15 +34,37 @@ _CONCURRENT = 64  # commands of one client in flight, hence its connections; fur
 log = get_logger(__name__)
 
 
+class _CancellableWrites:
+    """For a redis-py connection: its write goes through asyncio.wait_for, which before Python 3.12 loses a cancellation
+    that arrives as the write ends, so that a cancelled task lives on."""
+
+    async def send_packed_command(self: Any, command: Any, check_health: bool = True) -> None:
+        if not self.is_connected:
+            await self.connect()
+        elif check_health:
+            await self.check_health()
+        limit_s, self.socket_timeout = self.socket_timeout, None
+        try:
+            async with asyncio.timeout(limit_s):
+                await super().send_packed_command(command, check_health=False)  # pyright: ignore
+        except TimeoutError as error:
+            raise RedisTimeoutError("Timeout writing to socket") from error
+        finally:
+            self.socket_timeout = limit_s
+
+
 class _BoundedRedis(Redis):
     """In a burst, commands wait for a connection; redis-py's own pool fails, and its blocking one leaks on a cancel."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)  # pyright: ignore[reportUnknownMemberType]
         self._slots = asyncio.Semaphore(_CONCURRENT)
+        self.patience_s: float | None = None
+        pool: Any = self.connection_pool
+        pool.connection_class = type("Connection", (_CancellableWrites, pool.connection_class), {})
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
-        async with self._slots:
+        async with asyncio.timeout(self.patience_s), self._slots:
             return await super().execute_command(*args, **options)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
@@ -70,8 +92,11 @@ def redis_url(settings: Settings) -> str:
         ) from error
 
 
-def connect(settings: Settings, role: Role) -> Redis:
-    """A client for one role; connects lazily, replies are bytes. `unix://`, `redis://` and `rediss://` URLs."""
+def connect(settings: Settings, role: Role, patience_s: float | None = None) -> Redis:
+    """A client for one role; connects lazily, replies are bytes. `unix://`, `redis://` and `rediss://` URLs.
+
+    `patience_s`: how long a command may take with all its retries, where somebody waits for its answer.
+    """
     options: dict[str, Any] = {
         "decode_responses": False,
         "socket_timeout": _TIMEOUT_S[role],
@@ -87,9 +112,11 @@ def connect(settings: Settings, role: Role) -> Redis:
     if not url.startswith("unix://"):
         options["socket_keepalive"] = True
     try:
-        return _BoundedRedis.from_url(url, **options)  # pyright: ignore[reportUnknownMemberType]
+        client = _BoundedRedis.from_url(url, **options)  # pyright: ignore[reportUnknownMemberType]
     except ValueError as error:
         raise StartupError(f"SPILLWAY_REDIS_URL: {error}") from error
+    client.patience_s = patience_s
+    return client
 
 
 async def check_server(redis: Redis, *, owned: bool = False, wait_s: float = 0.0) -> ServerFacts:
