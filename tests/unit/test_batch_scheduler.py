@@ -206,6 +206,13 @@ def test_the_chunk_has_bounds() -> None:
     assert _budget(fast) == MAX_CHUNK_TOKENS
 
 
+def test_a_slow_machine_takes_chunks_that_end_long_before_the_watchdog_does() -> None:
+    for tokens_per_s, expected in ((0.5, MIN_CHUNK_TOKENS), (10.0, 50), (100.0, MIN_IDLE_CHUNK_TOKENS)):
+        scheduler = _scheduler()
+        scheduler.observe_prefill(tokens=64, seconds=64 / tokens_per_s)
+        assert _budget(scheduler) == expected
+
+
 def test_the_first_in_order_gets_half_and_the_shortest_the_rest() -> None:
     scheduler = _scheduler(stall_s=0.1)
     _start(scheduler, _sequence("stream", 5))

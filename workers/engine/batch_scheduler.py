@@ -17,6 +17,7 @@ MIN_CHUNK_TOKENS = 16
 MIN_IDLE_CHUNK_TOKENS = 128
 MAX_CHUNK_TOKENS = 2048
 TELLING_CHUNK_TOKENS = 64  # a shorter chunk is mostly overhead and says little about a long one's speed
+LONGEST_IDLE_CHUNK_S = 5.0  # a slow machine takes a smaller one: cancels wait for it, and the watchdog's patience ends
 IDLE_STALL_FACTOR = 4  # with no stream running, a chunk may take this many stalls: only cancels wait for it
 SMALLEST_CAPACITY = 32
 SHARED_TOKENS_WORTH_WAITING = 128
@@ -197,8 +198,14 @@ class BatchScheduler:
         if self.running:
             least, stall_s = MIN_CHUNK_TOKENS, max(self._limits.stall_s - self._debt_s, 0.0)
         else:
-            least, stall_s = MIN_IDLE_CHUNK_TOKENS, self._limits.stall_s * IDLE_STALL_FACTOR
+            least, stall_s = self._least_idle_tokens(), self._limits.stall_s * IDLE_STALL_FACTOR
         return min(MAX_CHUNK_TOKENS, max(least, int(self._tokens_per_s * stall_s)))
+
+    def _least_idle_tokens(self) -> int:
+        if self._tokens_per_s == 0:
+            return MIN_IDLE_CHUNK_TOKENS
+        in_time = int(self._tokens_per_s * LONGEST_IDLE_CHUNK_S)
+        return min(MIN_IDLE_CHUNK_TOKENS, max(MIN_CHUNK_TOKENS, in_time))
 
 
 def _worth_waiting_for(other: Sequence, sequence: Sequence) -> bool:
