@@ -20,6 +20,16 @@ def main() -> None:
         sys.exit(f"spillway: {redact(error.message)}")
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # `spillway jobs | head`; what is still buffered has no reader either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `spillway jobs | head`
         sys.exit(0)
+    finally:
+        _let_go_of_output()
+
+
+def _let_go_of_output() -> None:
+    """What is still buffered may have no reader: a closed pipe or terminal, which must not become the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
