@@ -54,10 +54,10 @@ def test_usual_shapes_are_prepared_one_at_a_time_and_disturb_nobody() -> None:
     on = stage(model)
     on.engine.warm_up()
     on.add(*(job(f"j{seed}", prompt(seed, 40), greedy(30)) for seed in range(3)))
+    shapes = 0
     while on.engine.has_work:
-        on.engine.warm_next()
+        shapes += on.engine.warm_next()
         on.step()
-    shapes = 1
     while on.engine.warm_next():
         shapes += 1
     assert shapes > 20, "every usual working set is prepared in the end"

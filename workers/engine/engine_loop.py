@@ -61,7 +61,8 @@ class EngineLoop:
     def run_once(self) -> None:
         """Take the orders that are there, make one step, report; waits where there is nothing to do."""
         self._watchdog.beat(rows_active=False)
-        busy = self._engine.has_work or self._engine.warm_next()
+        # Before the first order the worker copies what is compiled, and nothing may be half written.
+        busy = self._engine.has_work or (self._accepted > 0 and self._engine.warm_next())
         orders = self._intake.take(0.0 if busy else SIGN_OF_LIFE_S)
         events: list[BackendEvent] = []
         for order in orders:

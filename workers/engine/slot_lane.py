@@ -74,10 +74,11 @@ class SlotLane:
         self._written = False
 
     def warm_up(self) -> None:
-        """One row and several rows: kernels differ in that alone, and building them is what takes long."""
-        for rows in sorted({1, min(2, self.max_rows)}):
-            self._warm_step(rows, SMALLEST_CAPACITY)
+        """What one row needs, and the kernels of several rows: building those is what takes long."""
+        self._warm_step(min(2, self.max_rows), SMALLEST_CAPACITY)
         self._cold = self._usual_shapes()
+        while self._cold and self._cold[-1][0] == 1:
+            self.warm_next()
 
     def warm_next(self) -> bool:
         if not self._cold:
