@@ -91,7 +91,8 @@ class EnginePipe:
     async def exit_status(self) -> int:
         """Its exit status, killing it if it does not end by itself; negative is a signal."""
         try:
-            return await asyncio.wait_for(self._process.wait(), _END_WAIT_S)
+            async with asyncio.timeout(_END_WAIT_S):
+                return await self._process.wait()
         except TimeoutError:
             return await self.kill()
 
@@ -104,4 +105,5 @@ class EnginePipe:
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)  # its compilers too
-        return await asyncio.wait_for(self._process.wait(), _END_WAIT_S)
+        async with asyncio.timeout(_END_WAIT_S):
+            return await self._process.wait()

@@ -95,7 +95,8 @@ class Child:
 
     async def ended_within(self, seconds: float) -> bool:
         try:
-            await asyncio.wait_for(self.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self.wait()
         except TimeoutError:
             return False
         return True
