@@ -79,8 +79,13 @@ class LocalBackend:
 
     async def start(self) -> ModelCard:
         assert self._pipe is None, "close before starting again"
-        self._temporary = await asyncio.to_thread(self._prepare_temporary)
-        environment = engine_environment(self._settings, self._temporary, self._engines)
+        preparing = asyncio.ensure_future(asyncio.to_thread(self._prepare_temporary))
+        try:
+            temporary = self._temporary = await asyncio.shield(preparing)
+        except asyncio.CancelledError:
+            self._temporary = await preparing  # the thread goes on; `close` removes what it makes
+            raise
+        environment = engine_environment(self._settings, temporary, self._engines)
         command = [sys.executable, "-m", "workers.engine", "--model", self._ref, "--position", str(self._position)]
         self._pipe = await EnginePipe.spawn(command, environment)
         try:
@@ -88,7 +93,7 @@ class LocalBackend:
         except BaseException:
             await self.close()
             raise
-        await asyncio.to_thread(kernel_cache.keep, self._settings.home, self._temporary)
+        await asyncio.to_thread(kernel_cache.keep, self._settings.home, temporary)
         return self._card
 
     def capacity(self) -> Capacity:

@@ -226,6 +226,16 @@ async def test_compilers_end_with_their_engine(
     assert list((tmp_path / "home" / "tmp").iterdir()) == []
 
 
+async def test_a_start_that_is_given_up_at_once_leaves_no_directory(model_path: Path, tmp_path: Path) -> None:
+    backend = LocalBackend(str(model_path), _settings(tmp_path))
+    starting = asyncio.ensure_future(backend.start())
+    await asyncio.sleep(0)
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    await backend.close()
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
 _PARENT = """
 import asyncio, sys
 from pathlib import Path
