@@ -81,10 +81,11 @@ class LocalBackend:
         assert self._pipe is None, "close before starting again"
         preparing = asyncio.ensure_future(asyncio.to_thread(self._prepare_temporary))
         try:
-            temporary = self._temporary = await asyncio.shield(preparing)
+            temporary = await asyncio.shield(preparing)
         except asyncio.CancelledError:
             self._temporary = await preparing  # the thread goes on; `close` removes what it makes
             raise
+        self._temporary = temporary
         environment = engine_environment(self._settings, temporary, self._engines)
         command = [sys.executable, "-m", "workers.engine", "--model", self._ref, "--position", str(self._position)]
         self._pipe = await EnginePipe.spawn(command, environment)
