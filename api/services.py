@@ -21,6 +21,8 @@ from scheduler.queue.job_queue import JobQueue
 from scheduler.queue.token_bus import TokenBus
 from scheduler.settings import Settings
 
+REDIS_PATIENCE_S = 3.0  # then a request is answered 503, and its client may try another replica
+
 
 @dataclass(frozen=True, slots=True)
 class Services:
@@ -48,7 +50,7 @@ async def open_services(settings: Settings, metrics: ApiMetrics, drain: Drain) -
         stack.push_async_callback(database.close)
         authenticator = Authenticator(settings, KeyStore(database))
         await authenticator.check_start()
-        redis = connect(settings, "command")
+        redis = connect(settings, "command", patience_s=REDIS_PATIENCE_S)
         stack.push_async_callback(redis.aclose)
         await check_server(redis, wait_s=settings.redis_wait_s)
         queue = JobQueue(redis, settings)

@@ -116,10 +116,10 @@ class Stage:
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.settings.port), timeout=20)
 
-    def request(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+    def request(self, method: str, path: str, body: Any = None, timeout_s: float = 20, **headers: str) -> Answer:
         """One call; header names are written with underscores."""
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        connection = http.client.HTTPConnection("127.0.0.1", self.settings.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.settings.port, timeout=timeout_s)
         with contextlib.closing(connection):
             connection.request(method, path, data, {name.replace("_", "-"): text for name, text in headers.items()})
             response = connection.getresponse()

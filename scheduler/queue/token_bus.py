@@ -29,7 +29,8 @@ from scheduler.telemetry import get_logger
 from scheduler.tokens import EventId
 
 _IDLE_S = 5.0  # without traffic for this long: PING; without a pong for as long: reconnect
-_CONFIRM_S = 10.0
+_CONNECT_S = 10.0
+_CONFIRM_S = 3.0  # a client waits meanwhile, and had better come again
 _SUBSCRIBE_CHUNK = 500
 _BACKOFF_S = (0.02, 1.0)
 
@@ -91,7 +92,7 @@ class TokenBus:
     async def subscribe(self, job_id: str, after: EventId | None = None) -> AsyncGenerator[Subscription, None]:
         """Listens to a job from the event after `after` (None: from its first). Entered = confirmed by Redis.
 
-        Raises QueueUnavailable where Redis does not confirm in 10 s.
+        Raises QueueUnavailable where Redis does not confirm in 3 s.
         """
         name = self._keys.channel(job_id).encode()
         listener = Subscription(job_id, after, self._queue.read_events)
@@ -135,7 +136,7 @@ class TokenBus:
 
     async def _dial(self) -> None:
         wire = cast(_Wire, self._pubsub.connection_pool.make_connection())
-        async with asyncio.timeout(_CONFIRM_S):
+        async with asyncio.timeout(_CONNECT_S):
             await wire.connect()
         self._unconfirmed.clear()
         self._wire = wire

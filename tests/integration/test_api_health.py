@@ -18,6 +18,7 @@ from tests.integration.test_api_chat import open_stream
 from tests.service import free_port
 
 CHAT = "/v1/chat/completions"
+CLIENT_WAITS_S = 7.0  # less than a worker waits for Redis
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +53,17 @@ def test_without_redis_requests_fail_at_once_and_the_probe_says_so(tmp_path_fact
         pid = stage.call(redis_pid(stage))
         os.kill(pid, signal.SIGSTOP)
         try:
-            answer = stage.request("GET", "/readyz")
+            probe = stage.request("GET", "/readyz")
+            answers = [
+                stage.request("GET", "/v1/models", timeout_s=CLIENT_WAITS_S),
+                stage.request("POST", CHAT, stage.chat("hi"), timeout_s=CLIENT_WAITS_S),
+                stage.request("POST", CHAT, stage.chat("hi", stream=True), timeout_s=CLIENT_WAITS_S),
+            ]
         finally:
             os.kill(pid, signal.SIGCONT)
-        assert (answer.status, "redis" in answer.json["missing"]) == (503, True)
+        assert (probe.status, "redis" in probe.json["missing"]) == (503, True)
+        assert {(answer.status, answer.error["code"]) for answer in answers} == {(503, "queue_unavailable")}
+        assert all(answer.headers["retry-after"] == "1" for answer in answers)
 
 
 def test_workers_are_listed(stage: Stage) -> None:
