@@ -4,7 +4,8 @@
     ├── ClientError            the request is at fault; never retried
     │   ├── InvalidRequest     └── UnsupportedOption, ContextLengthExceeded, UnknownModel, BodyTooLarge,
     │                              JobNotFound, JobConflict, IdempotencyMismatch, AuthenticationRequired, Forbidden
-    ├── CapacityError          nothing is wrong, there is no room now: QueueFull, ShuttingDown, QueueUnavailable
+    ├── CapacityError          nothing is wrong, there is no room now: QueueFull, NoModelYet, ShuttingDown,
+    │                          QueueUnavailable
     ├── DeadlineExceeded       the job's own deadline passed
     ├── JobCancelled           somebody with the right to do so ended it
     └── WorkerError            the worker is at fault: EngineFailure (this row), WorkerLost (crash), InternalError
@@ -94,6 +95,12 @@ class CapacityError(SpillwayError):
 
 class QueueFull(CapacityError):
     code = "rate_limit_exceeded"
+
+
+class NoModelYet(CapacityError):
+    """No worker serves anything: they still load, or none was started."""
+
+    code = "no_model_yet"
 
 
 class ShuttingDown(CapacityError):

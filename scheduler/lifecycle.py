@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scheduler import retry, routing
-from scheduler.errors import BY_CODE, UnknownModel
+from scheduler.errors import BY_CODE, NoModelYet, UnknownModel
 from scheduler.job import ClaimedJob, JobState, NewJob, Priority
 from scheduler.model_card import ModelCard
 from scheduler.queue.fleet import Fleet
@@ -61,7 +61,7 @@ class Lifecycle:
     ) -> Submitted:
         """Routes and queues a request under an id the caller already listens to; times are Unix ms.
 
-        Raises UnknownModel, QueueFull, IdempotencyMismatch.
+        Raises UnknownModel, NoModelYet, QueueFull, IdempotencyMismatch.
         """
         target = await self._plan(request.model)
         body = encode_request(request)
@@ -161,7 +161,7 @@ class Lifecycle:
         if time.monotonic() - self._cards_at <= _CARDS_FRESH_S:
             try:
                 return routing.plan(model, self._cards)
-            except UnknownModel:
+            except (NoModelYet, UnknownModel):
                 pass  # its worker may have started since: look again
         self._cards, self._cards_at = await self._fleet.models(), time.monotonic()
         return routing.plan(model, self._cards)

@@ -6,10 +6,11 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scheduler.errors import UnknownModel
+from scheduler.errors import NoModelYet, UnknownModel
 from scheduler.model_card import ModelCard
 
 DEFAULT = "default"
+LOADING_S = 2.0  # when to ask again for a model whose worker still loads
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,13 @@ class Target:
 def plan(model: str, cards: Sequence[ModelCard]) -> Target:
     """The target for a model name: an exact id, else `default` for the first card.
 
-    Raises UnknownModel, with the nearest names, or saying that nothing is served now.
+    Raises UnknownModel, with the nearest names, and NoModelYet where nothing is served now.
     """
+    if not cards:
+        raise NoModelYet(
+            "No worker serves a model yet. One that loads is ready in a moment; without one, start `spillway worker`.",
+            retry_after_s=LOADING_S,
+        )
     for card in cards:
         if card.id == model:
             return Target(card.id, card)
@@ -35,10 +41,6 @@ def plan(model: str, cards: Sequence[ModelCard]) -> Target:
 
 def _explain(model: str, ids: list[str]) -> str:
     shown = model if len(model) <= 100 else model[:100] + "…"
-    if not ids:
-        return (
-            f"The model {shown!r} does not exist here: no worker serves any model now; start one (`spillway worker`)."
-        )
     by_fold = {name.casefold(): name for name in [*ids, DEFAULT]}
     near = [by_fold[fold] for fold in difflib.get_close_matches(model.casefold(), list(by_fold), n=3, cutoff=0.5)]
     if near:

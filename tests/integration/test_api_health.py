@@ -38,6 +38,9 @@ def test_not_ready_names_what_is_missing(tmp_path_factory: pytest.TempPathFactor
     with running_redis(folder / "redis") as url, running_api(url, folder / "home", workers=0) as stage:
         answer = stage.request("GET", "/readyz")
         assert (answer.status, answer.json["missing"]) == (503, ["models"])
+        for stream in (False, True):
+            refused = stage.request("POST", CHAT, stage.chat("hi", stream=stream))
+            assert (refused.status, refused.error["code"], refused.headers["retry-after"]) == (503, "no_model_yet", "2")
         (stage.settings.home / "spillway.db").unlink()
         (stage.settings.home / "spillway.db").mkdir()
         stage.call(stage.services.database.engine.dispose())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scheduler.errors import UnknownModel
+from scheduler.errors import NoModelYet, UnknownModel
 from scheduler.model_card import ModelCard
 from scheduler.routing import plan
 
@@ -37,9 +37,11 @@ def test_a_name_like_none_lists_what_is_served() -> None:
         plan("zzzzzz", CARDS)
 
 
-def test_with_nothing_served_the_error_says_so() -> None:
-    with pytest.raises(UnknownModel, match="no worker serves any model"):
-        plan("default", [])
+@pytest.mark.parametrize("model", ["default", "demo"])
+def test_with_nothing_served_yet_a_client_may_come_again(model: str) -> None:
+    with pytest.raises(NoModelYet, match="No worker serves a model yet") as refused:
+        plan(model, [])
+    assert refused.value.fault == "server" and refused.value.retry_after_s
 
 
 def test_an_absurdly_long_name_is_not_repeated_whole() -> None:
