@@ -29,7 +29,7 @@ MAKERS: dict[str, Callable[[random.Random, Limits], Exchange]] = {
 }
 SPLIT_SKILLS = ("repeat", "count", "spell", "add", "calendar", "unknown", "tool")
 DEFAULT_MIX: dict[str, float] = {
-    "repeat": 7.0, "count": 2.6, "spell": 3.5, "add": 4.5, "calendar": 1.2, "greet": 0.7, "about": 0.6, "unknown": 1.3,
+    "repeat": 8.0, "count": 4.5, "spell": 3.5, "add": 4.5, "calendar": 1.2, "greet": 0.7, "about": 0.6, "unknown": 1.3,
     "tool": 3.0,
 }  # fmt: skip
 
@@ -50,7 +50,7 @@ class Recipe:
 
     mix: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_MIX))
     limits: Limits = field(default_factory=Limits)
-    thinking_share: float = 0.15
+    thinking_share: float = 0.2
     system_share: float = 0.4
     long_system_share: float = 0.03
 
