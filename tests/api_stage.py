@@ -116,8 +116,12 @@ class Stage:
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.settings.port), timeout=20)
 
-    def request(self, method: str, path: str, body: Any = None, timeout_s: float = 20, **headers: str) -> Answer:
+    def request(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
         """One call; header names are written with underscores."""
+        return self.request_within(20, method, path, body, **headers)
+
+    def request_within(self, timeout_s: float, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+        """One call by a client that waits this long for each piece of the answer."""
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         connection = http.client.HTTPConnection("127.0.0.1", self.settings.port, timeout=timeout_s)
         with contextlib.closing(connection):

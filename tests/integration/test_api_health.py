@@ -58,9 +58,9 @@ def test_without_redis_requests_fail_at_once_and_the_probe_says_so(tmp_path_fact
         try:
             probe = stage.request("GET", "/readyz")
             answers = [
-                stage.request("GET", "/v1/models", timeout_s=CLIENT_WAITS_S),
-                stage.request("POST", CHAT, stage.chat("hi"), timeout_s=CLIENT_WAITS_S),
-                stage.request("POST", CHAT, stage.chat("hi", stream=True), timeout_s=CLIENT_WAITS_S),
+                stage.request_within(CLIENT_WAITS_S, "GET", "/v1/models"),
+                stage.request_within(CLIENT_WAITS_S, "POST", CHAT, stage.chat("hi")),
+                stage.request_within(CLIENT_WAITS_S, "POST", CHAT, stage.chat("hi", stream=True)),
             ]
         finally:
             os.kill(pid, signal.SIGCONT)
