@@ -72,7 +72,7 @@ def created_ms_of(job_id: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """What `enqueue` needs. `cost_tokens` is an estimate, settled at claim and finish; times are Unix ms."""
+    """What `enqueue` needs. `cost_tokens` is an estimate, settled at claim and finish; times are our Unix ms."""
 
     id: str
     pool: str

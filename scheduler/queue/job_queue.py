@@ -7,6 +7,7 @@ claim asks the same again, instead of leaving jobs with a worker that does not k
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -75,8 +76,8 @@ class JobQueue:
                 job.cost_tokens,
                 job.kv_tokens or job.cost_tokens,
                 job.rows,
-                job.deadline_ms or 0,
-                job.not_before_ms or 0,
+                _from_now(job.deadline_ms),
+                _from_now(job.not_before_ms),
                 self._settings.queue_ttl_s * 1000,
                 self._settings.queue_depth_cap,
                 job.model,
@@ -221,6 +222,11 @@ def _accepted(job: NewJob, reply: Any) -> Enqueued:
             raise _full(f"too many {job.priority} jobs of {job.pool} wait", retry_ms)
         case _:
             raise AssertionError(f"unexpected reply of enqueue: {reply!r}")
+
+
+def _from_now(at_ms: int | None) -> int:
+    """A time as Redis is told of it: ms from now, as its clock and ours may disagree; 0 where there is none."""
+    return 0 if at_ms is None else max(1, at_ms - int(time.time() * 1000))
 
 
 def _full(why: str, retry_ms: int) -> QueueFull:

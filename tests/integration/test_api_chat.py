@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -233,6 +234,18 @@ def test_a_deadline_that_passes_is_504(stage: Stage) -> None:
     answer = stage.request("POST", CHAT, body, Spillway_Deadline_Ms="300")
     assert (answer.status, answer.error["code"]) == (504, "deadline_exceeded")
     assert answer.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize(("ahead_s", "deadline_ms", "status"), [(-3600, "60000", 200), (3600, "300", 504)])
+def test_a_deadline_counts_from_now_although_the_api_and_redis_disagree_about_the_time(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, ahead_s: int, deadline_ms: str, status: int
+) -> None:
+    true_time = time.time
+    monkeypatch.setattr(time, "time", lambda: true_time() + ahead_s)
+    model = "demo" if status == 200 else "org/other-model"
+    body = stage.chat({"start_after_s": 1, "say": ["late "]}, model=model)
+    answer = stage.request_within(8, "POST", CHAT, body, Spillway_Deadline_Ms=deadline_ms)
+    assert answer.status == status
 
 
 def test_the_same_idempotency_key_attaches_to_the_running_job_and_replays_the_finished_one(stage: Stage) -> None:

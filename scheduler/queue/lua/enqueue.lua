@@ -3,9 +3,10 @@
 local id, pool, class, tenant = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local body, idem, digest = ARGV[5], ARGV[6], ARGV[7]
 local cost, kv, rows = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
-local deadline, not_before = tonumber(ARGV[11]), tonumber(ARGV[12])
 local qttl, cap, model = tonumber(ARGV[13]), tonumber(ARGV[14]), ARGV[15]
 local now = now_ms()
+local wait = tonumber(ARGV[12])
+local deadline = ARGV[11] == '0' and 0 or now + tonumber(ARGV[11])
 
 -- A job that answers a repeated request: running or succeeded. One that failed or was cancelled may be tried anew.
 local function answers(other)
@@ -39,7 +40,6 @@ end
 local waiting = tonumber(redis.call('HGET', $depth, pool .. '|' .. class) or 0)
 if waiting >= cap then return { 'full', retry_after(waiting) } end
 
-local wait = math.max(0, not_before - now)
 local job = { pool = pool, class = class, tenant = tenant, attempt = 0, lost = 0, qttl = qttl, deadline = deadline }
 local keep = qttl + wait + $slack_ms
 redis.call('HSET', $job .. id, 'state', 'scheduled', 'pool', pool, 'class', class, 'tenant', tenant, 'model', model,
@@ -52,7 +52,7 @@ redis.call('HINCRBY', $count, 'accepted', 1)
 if idem ~= '' then redis.call('SET', $idem .. idem, id .. ' ' .. digest, 'PX', $idem_ms) end
 count_depth(job, 1)
 if wait > 0 then
-  redis.call('ZADD', $due, not_before, id)
+  redis.call('ZADD', $due, now + wait, id)
   if deadline > 0 then redis.call('ZADD', $deadlines, deadline, id) end
 else
   make_ready(id, job, now)
