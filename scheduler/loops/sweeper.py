@@ -16,7 +16,7 @@ log = get_logger(__name__)
 
 
 async def run_sweeper(queue: JobQueue, settings: Settings, stop: asyncio.Event) -> None:
-    """Sweeps every `sweep_interval_ms` ± 20 % until `stop` is set; outlives an unreachable Redis."""
+    """Sweeps every `sweep_interval_ms` ± 20 % until `stop` is set; outlives whatever fails."""
     failing = False
     while not stop.is_set():
         try:
@@ -26,8 +26,12 @@ async def run_sweeper(queue: JobQueue, settings: Settings, stop: asyncio.Event) 
             if not failing:
                 log.warning("sweep failed; trying on", error=error.message)
             failing = True
-        except Exception:
-            log.exception("sweep failed; trying on")
+        except (
+            Exception
+        ):  # no worker may lose its jobs over a sweep; told once, not at each try
+            if not failing:
+                log.exception("sweep failed; trying on")
+            failing = True
         pause = settings.sweep_interval_ms / 1000 * random.uniform(0.8, 1.2)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(pause):

@@ -105,8 +105,8 @@ async def test_it_ends_when_whoever_started_it_dies(redis: Redis, settings: Sett
 
 
 async def test_a_loop_that_dies_ends_the_process_with_a_failure(redis: Redis, settings: Settings) -> None:
-    """A key of the wrong type is an error that the sweep cannot wait out."""
-    await redis.set(f"sw:{{{settings.shard}}}:sweep", "not a hash", px=60_000)
+    """A key of the wrong type is an error that the recorder cannot wait out."""
+    await redis.set(f"sw:{{{settings.shard}}}:done", "not a stream", px=60_000)
     async with running_scheduler(settings) as (process, log):
         assert await ended(process) == 1
         assert "a loop of the scheduler died" in log() and "WRONGTYPE" in log()
