@@ -26,9 +26,7 @@ async def run_sweeper(queue: JobQueue, settings: Settings, stop: asyncio.Event) 
             if not failing:
                 log.warning("sweep failed; trying on", error=error.message)
             failing = True
-        except (
-            Exception
-        ):  # no worker may lose its jobs over a sweep; told once, not at each try
+        except Exception:  # no worker may lose its jobs over a sweep; told once, not at each try
             if not failing:
                 log.exception("sweep failed; trying on")
             failing = True
