@@ -72,9 +72,11 @@ def test_last_words_tell_why_a_process_ended(relay: LogRelay) -> None:
     assert "status 9" in relay.obituary("api", 9)
 
 
-def test_files_rotate_and_old_ones_go(tmp_path: Path, relay: LogRelay) -> None:
+def test_files_rotate_and_old_ones_go(tmp_path: Path) -> None:
     for _ in range(log_relay.FILES_KEPT + 3):
+        relay = LogRelay(tmp_path, Settings(home=tmp_path, log_format="human"))
         relay.line("api", event("one more"))
+        relay.close()
         os.truncate(tmp_path / "logs" / "api.log", log_relay.FILE_BYTES - 1)  # a sparse file is quickly full
     files = sorted(path.name for path in (tmp_path / "logs").iterdir())
     assert files == ["api.log", *(f"api.log.{number}" for number in range(1, log_relay.FILES_KEPT + 1))]
