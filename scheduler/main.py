@@ -1,4 +1,4 @@
-"""The scheduler process: sweeper, recorder and periodic jobs. `python -m scheduler.main`, or `spillway scheduler`.
+"""The scheduler process: sweeper, recorder and periodic jobs. Started by `spillway scheduler`, which hands in the dialect.
 
 Several may run against one Redis and one database. A loop that dies ends the process with a non-zero status, so that
 whoever started it (`spillway up`, compose, a process manager) notices and starts it again.
@@ -20,6 +20,7 @@ from scheduler import parent_watch
 from scheduler.db.jobs import JobStore
 from scheduler.db.schema import migrate
 from scheduler.db.session import Database
+from scheduler.dialect import Dialect
 from scheduler.errors import CapacityError, InternalError, StartupError
 from scheduler.loops.cron import PeriodicJob, run_cron
 from scheduler.loops.pruner import prune_finished_jobs
@@ -36,7 +37,7 @@ PRUNE_MINUTE = 17  # of every hour
 log = get_logger(__name__)
 
 
-def main() -> int:
+def main(dialect: Dialect) -> int:
     """Run until SIGTERM or SIGINT; the exit status."""
     try:
         settings = load_settings()
@@ -46,7 +47,7 @@ def main() -> int:
     configure(settings, "scheduler")
     try:
         migrate(settings)
-        asyncio.run(_serve(settings))
+        asyncio.run(_serve(settings, dialect))
     except (StartupError, CapacityError) as error:
         log.critical(error.message)
         return 1
@@ -56,7 +57,7 @@ def main() -> int:
     return 0
 
 
-async def _serve(settings: Settings) -> None:
+async def _serve(settings: Settings, dialect: Dialect) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -64,7 +65,7 @@ async def _serve(settings: Settings) -> None:
     commands, blocking = connect(settings, "command"), connect(settings, "blocking")
     try:
         await check_server(commands, owned=settings.redis_url is None, wait_s=settings.redis_wait_s)
-        await _run_loops(settings, database, commands, blocking, stop)
+        await _run_loops(settings, dialect, database, commands, blocking, stop)
     finally:
         await commands.aclose()
         await blocking.aclose()
@@ -72,7 +73,7 @@ async def _serve(settings: Settings) -> None:
 
 
 async def _run_loops(
-    settings: Settings, database: Database, commands: Redis, blocking: Redis, stop: asyncio.Event
+    settings: Settings, dialect: Dialect, database: Database, commands: Redis, blocking: Redis, stop: asyncio.Event
 ) -> None:
     store = JobStore(database)
     recorder = Recorder(DoneLog(blocking, settings), store, settings)
@@ -99,7 +100,3 @@ async def _until_stop(stop: asyncio.Event, name: str, loop: Coroutine[Any, Any, 
 
 def _now_ms() -> int:
     return int(time.time() * 1000)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

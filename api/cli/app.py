@@ -123,9 +123,9 @@ def api(port: Port = None, host: Host = None, home: Home = None) -> None:
 @app.command(rich_help_panel="Single processes")
 def scheduler() -> None:
     """The scheduler alone. Set SPILLWAY_REDIS_URL."""
-    from api.cli.processes import run_module
+    from api.cli.processes import run_scheduler
 
-    run_module("scheduler.main")
+    run_scheduler()
 
 
 @worker.command("local")

@@ -33,6 +33,14 @@ def run_api(settings: Settings) -> None:
         sys.exit(1)
 
 
+def run_scheduler() -> NoReturn:
+    """The control plane, until a signal."""
+    from api.dialect import HttpDialect
+    from scheduler.main import main
+
+    sys.exit(main(HttpDialect()))
+
+
 def run_migrate(settings: Settings) -> None:
     """Bring the tables to this version's revision."""
     from scheduler.db.schema import migrate

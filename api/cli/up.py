@@ -221,7 +221,7 @@ def process_specs(settings: Settings, database_ready: asyncio.Event) -> tuple[Pr
     python = (sys.executable, "-m")
     models = tuple(part for ref in settings.model_refs for part in ("--model", ref))
     return (
-        ProcessSpec("scheduler", (*python, "scheduler.main"), 2, database_ready),
+        ProcessSpec("scheduler", (*python, "api.cli", "scheduler"), 2, database_ready),
         ProcessSpec("api", (*python, "api.cli", "api"), 0, database_ready),
         *(
             ProcessSpec(f"worker-{number}", (*python, "workers", "local", *models), 1)

@@ -36,7 +36,7 @@ async def running_scheduler(settings: Settings, **environment: str) -> AsyncIter
     }
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "scheduler.main", env=env, stdout=output, stderr=output
+            sys.executable, "-m", "api.cli", "scheduler", env=env, stdout=output, stderr=output
         )
     try:
         yield process, log.read_text
@@ -90,7 +90,8 @@ async def test_it_ends_when_whoever_started_it_dies(redis: Redis, settings: Sett
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "scheduler.main",
+            "api.cli",
+            "scheduler",
             env=env | {"SPILLWAY_SHARD": settings.shard, "SPILLWAY_PARENT_PIPE": str(reading)},
             pass_fds=(reading,),
             stdout=output,
