@@ -87,6 +87,8 @@ class NewJob:
     body_digest: str = ""
     model: str = ""
     kv_tokens: int = 0  # expected KV footprint; 0: `cost_tokens` stands for it
+    durable: bool = False  # it has a SQL row: hash and log stay until the recorder has its outcome
+    batch_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,3 +137,5 @@ class JobView:
     error_message: str | None = None
     usage: Usage | None = None
     attempts: tuple[AttemptView, ...] = field(default=())
+    durable: bool = False
+    batch_id: str | None = None

@@ -58,8 +58,12 @@ class Lifecycle:
         not_before_ms: int | None = None,
         idempotency_key: str | None = None,
         body_digest: str = "",
+        durable: bool = False,
+        batch_id: str = "",
     ) -> Submitted:
         """Routes and queues a request under an id the caller already listens to; times are Unix ms.
+
+        `durable`: the job has a SQL row. An id that is known already stays as it is, and is reported as created.
 
         Raises UnknownModel, NoModelYet, QueueFull, IdempotencyMismatch.
         """
@@ -80,6 +84,8 @@ class Lifecycle:
             idempotency_key=idempotency_key,
             body_digest=body_digest,
             model=target.card.id,
+            durable=durable,
+            batch_id=batch_id,
         )
         enqueued = await self._queue.enqueue(job)
         return Submitted(enqueued.job_id, enqueued.created, target.pool)

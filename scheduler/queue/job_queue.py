@@ -81,6 +81,8 @@ class JobQueue:
                 self._settings.queue_ttl_s * 1000,
                 self._settings.queue_depth_cap,
                 job.model,
+                int(job.durable),
+                job.batch_id,
             )
         except QueueUnavailable as error:
             if scripts.is_out_of_memory(error.__cause__):
@@ -162,6 +164,22 @@ class JobQueue:
         """None: unknown. A waiting job is cancelled at once; RUNNING means that its worker was told."""
         reply = await self._run(scripts.CANCEL, job_id, self._keep_ms, *_ENDS)
         return None if reply is None else JobState(reply.decode())
+
+    async def release(self, ended: Sequence[tuple[str, int]], keep_ms: int) -> int:
+        """The outcomes of these (job id, attempt) are in SQL: their logs, and hashes that no retry needs, go after
+        `keep_ms`. Returns how many were still at that end.
+        """
+        if not ended:
+            return 0
+        return int(await self._run(scripts.RELEASE, keep_ms, *(f"{job_id} {attempt}" for job_id, attempt in ended)))
+
+    async def known(self, job_ids: Sequence[str]) -> set[str]:
+        """Which of these have a hash: waiting, running, or ended not long ago."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for job_id in job_ids:
+                pipe.execute_command("EXISTS", self.keys.job(job_id))  # pyright: ignore[reportUnknownMemberType]
+            found = cast(list[int], await scripts.available(pipe.execute(), "known"))
+        return {job_id for job_id, exists in zip(job_ids, found, strict=True) if exists}
 
     async def view(self, job_id: str) -> JobView | None:
         fields = await self._command("HGETALL", self.keys.job(job_id))

@@ -21,6 +21,7 @@ CLASSES = tuple(priority.value for priority in Priority)
 SLACK_MS = 24 * 3600 * 1000  # what live keys get on top of the longest time that a job may wait
 IDEMPOTENCY_MS = 24 * 3600 * 1000
 DEAD_MS = 24 * 3600 * 1000  # hash and body of a dead letter, so that it can be replayed
+DURABLE_KEEP_MS = 24 * 3600 * 1000  # hash and log of an ended job with a SQL row, until the recorder has it
 COUNTER_MS = 3600 * 1000  # virtual-token counters and class passes of an idle pool
 RATE_MS = 600 * 1000
 SOLO_HOLD_MS = 30 * 1000  # how long a worker may empty itself for a job that must run alone
@@ -133,6 +134,7 @@ def lua_names() -> dict[str, str]:
         "slack_ms": SLACK_MS,
         "idem_ms": IDEMPOTENCY_MS,
         "dead_ms": DEAD_MS,
+        "durable_keep_ms": DURABLE_KEEP_MS,
         "counter_ms": COUNTER_MS,
         "rate_ms": RATE_MS,
         "solo_hold_ms": SOLO_HOLD_MS,

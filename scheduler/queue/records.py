@@ -107,6 +107,8 @@ def job_view(job_id: str, fields: Mapping[bytes, bytes]) -> JobView:
         error_message=_optional_text(fields, b"message"),
         usage=_usage(fields),
         attempts=_attempts(fields),
+        durable=fields.get(b"durable") == b"1",
+        batch_id=_optional_text(fields, b"batch"),
     )
 
 

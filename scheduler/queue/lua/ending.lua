@@ -10,9 +10,12 @@ local function release(id, job)
 end
 
 -- The job becomes terminal: last event, outcome to the recorder, TTLs. The caller took it out of queue or worker.
--- `final`: state, payload, code, message; `keep_ms`: how long its hash and log stay readable.
+-- `final`: state, payload, code, message; `keep_ms`: how long its hash and log stay readable. A durable job's stay
+-- until the recorder releases them, and, where it did not succeed, its body for a retry by hand.
 local function seal(id, job, now, final, keep_ms)
   local hash, log = $job .. id, $log .. id
+  local durable = job.durable == '1'
+  if durable then keep_ms = math.max(keep_ms, $durable_keep_ms) end
   local last = job.attempt .. '-4294967295'
   redis.call('HSET', hash, 'state', final.state, 'finished', now)
   if final.code and final.code ~= '' then
@@ -25,7 +28,11 @@ local function seal(id, job, now, final, keep_ms)
   redis.call('PUBLISH', $channel .. id, last .. ' ' .. final.payload)
   redis.call('PEXPIRE', log, keep_ms)
   redis.call('PEXPIRE', hash, keep_ms)
-  redis.call('DEL', $body .. id)
+  if durable and final.state ~= 'succeeded' then
+    redis.call('PEXPIRE', $body .. id, $dead_ms)
+  else
+    redis.call('DEL', $body .. id)
+  end
   redis.call('ZREM', $deadlines, id)
   redis.call('ZREM', $live, id)
   redis.call('HINCRBY', $count, final.state, 1)

@@ -5,6 +5,7 @@ local body, idem, digest = ARGV[5], ARGV[6], ARGV[7]
 local cost, kv, rows = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
 local qttl, cap, model = tonumber(ARGV[13]), tonumber(ARGV[14]), ARGV[15]
 local now = now_ms()
+local durable, batch = ARGV[16], ARGV[17]
 local wait = tonumber(ARGV[12])
 local deadline = ARGV[11] == '0' and 0 or now + tonumber(ARGV[11])
 
@@ -45,6 +46,7 @@ local keep = qttl + wait + $slack_ms
 redis.call('HSET', $job .. id, 'state', 'scheduled', 'pool', pool, 'class', class, 'tenant', tenant, 'model', model,
   'cost', cost, 'kv', kv, 'rows', rows, 'qttl', qttl, 'deadline', deadline, 'created', now, 'attempt', 0, 'lost', 0,
   'fails', 0, 'handed', 0)
+if durable == '1' or batch ~= '' then redis.call('HSET', $job .. id, 'durable', durable, 'batch', batch) end
 redis.call('PEXPIRE', $job .. id, keep)
 redis.call('SET', $body .. id, body, 'PX', keep)
 redis.call('ZADD', $live, now, id)

@@ -1,9 +1,10 @@
 -- Ready streams: putting a job in, looking at the head, taking one out; class passes and tenant counters.
 
 local FIELDS = { 'state', 'pool', 'class', 'tenant', 'attempt', 'lost', 'fails', 'cost', 'kv', 'rows', 'qttl',
-  'deadline', 'lane', 'sid', 'worker', 'cancel', 'handed' }
+  'deadline', 'lane', 'sid', 'worker', 'cancel', 'handed', 'durable' }
 local NUMBERS = { attempt = true, lost = true, fails = true, cost = true, kv = true, rows = true, qttl = true,
   deadline = true, handed = true }
+local ENDED = { succeeded = true, failed = true, cancelled = true, expired = true }
 local WEIGHT = { high = 64, normal = 16, low = 4, batch = 1 }
 
 -- The fields that decide about a job, or nil where the job is unknown.
