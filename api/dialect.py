@@ -1,4 +1,4 @@
-"""The wire protocols as the control plane uses them (scheduler.dialect): jobs and batch lines are bodies of endpoints."""
+"""The wire protocols as the control plane uses them (see scheduler/dialect.py): jobs are bodies of endpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scheduler process: sweeper, recorder and periodic jobs. Started by `spillway scheduler`, which hands in the dialect.
+"""The scheduler process: sweeper, recorder and periodic jobs. `spillway scheduler` starts it and hands in the dialect.
 
 Several may run against one Redis and one database. A loop that dies ends the process with a non-zero status, so that
 whoever started it (`spillway up`, compose, a process manager) notices and starts it again.
