@@ -26,6 +26,11 @@ def upgrade() -> None:
         sa.Column("errors", sa.Text(), nullable=True),
         sa.Column("webhook_id", sa.String(length=40), nullable=True),
         sa.Column("total", sa.Integer(), nullable=False),
+        sa.Column("completed", sa.Integer(), nullable=False),
+        sa.Column("failed", sa.Integer(), nullable=False),
+        sa.Column("prompt_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("completion_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("cached_tokens", sa.BigInteger(), nullable=False),
         sa.Column("created_ms", sa.BigInteger(), nullable=False),
         sa.Column("in_progress_ms", sa.BigInteger(), nullable=True),
         sa.Column("expires_ms", sa.BigInteger(), nullable=False),
@@ -75,7 +80,9 @@ def upgrade() -> None:
         sa.UniqueConstraint("idempotency", name=op.f("uq_durable_jobs_idempotency")),
     )
     with op.batch_alter_table("durable_jobs", schema=None) as batch_op:
-        batch_op.create_index("ix_durable_jobs_batch_id_stage", ["batch_id", "stage"], unique=False)
+        batch_op.create_index(
+            "ix_durable_jobs_batch_id_stage_line_state", ["batch_id", "stage", "line", "state"], unique=False
+        )
         batch_op.create_index(batch_op.f("ix_durable_jobs_finished_ms"), ["finished_ms"], unique=False)
         batch_op.create_index(batch_op.f("ix_durable_jobs_schedule_id"), ["schedule_id"], unique=False)
         batch_op.create_index("ix_durable_jobs_stage_not_before_ms", ["stage", "not_before_ms"], unique=False)
@@ -187,7 +194,7 @@ def downgrade() -> None:
         batch_op.drop_index("ix_durable_jobs_stage_not_before_ms")
         batch_op.drop_index(batch_op.f("ix_durable_jobs_schedule_id"))
         batch_op.drop_index(batch_op.f("ix_durable_jobs_finished_ms"))
-        batch_op.drop_index("ix_durable_jobs_batch_id_stage")
+        batch_op.drop_index("ix_durable_jobs_batch_id_stage_line_state")
 
     op.drop_table("durable_jobs")
     with op.batch_alter_table("batches", schema=None) as batch_op:

@@ -75,7 +75,7 @@ class DurableJob(Table, table=True):
     __tablename__ = "durable_jobs"  # pyright: ignore[reportAssignmentType]
     __table_args__ = (
         Index("ix_durable_jobs_stage_not_before_ms", "stage", "not_before_ms"),
-        Index("ix_durable_jobs_batch_id_stage", "batch_id", "stage"),
+        Index("ix_durable_jobs_batch_id_stage_line_state", "batch_id", "stage", "line", "state"),  # covers the counts
         Index("ix_durable_jobs_tenant_id", "tenant", "id"),
     )
 
@@ -141,7 +141,12 @@ class Batch(Table, table=True):
     details: str = Field(default="{}", sa_type=Text)  # the client's metadata, JSON
     errors: str | None = Field(default=None, sa_type=Text)  # of the validation, JSON list
     webhook_id: str | None = Field(default=None, max_length=40)
-    total: int = 0
+    total: int = 0  # lines, once all of them are known to be good
+    completed: int = 0  # this and the tokens: from the end on, as the lines are removed earlier than the batch
+    failed: int = 0
+    prompt_tokens: int = Field(default=0, sa_type=BigInteger)
+    completion_tokens: int = Field(default=0, sa_type=BigInteger)
+    cached_tokens: int = Field(default=0, sa_type=BigInteger)
     created_ms: int = Field(sa_type=BigInteger)
     in_progress_ms: int | None = Field(default=None, sa_type=BigInteger)
     expires_ms: int = Field(sa_type=BigInteger)
