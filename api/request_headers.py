@@ -1,10 +1,11 @@
-"""Reads the request headers that steer a job: Spillway-Priority, Spillway-Deadline-Ms, Idempotency-Key."""
+"""Reads the request headers that steer a job: Spillway-Priority, Spillway-Deadline-Ms, Idempotency-Key, Prefer."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 
@@ -12,7 +13,22 @@ from api.protocols.parameters import BadParameter, without_bom
 from scheduler.job import Priority
 
 MAX_DEADLINE_MS = 30 * 24 * 3600 * 1000
+MAX_WAIT_S = 60
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
+MAX_PREFER_CHARS = 1000
+_PREFERENCE = re.compile(r'(?:[^,"]|"(?:[^"\\]|\\.)*")+')  # a comma inside quotes separates nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """`Prefer: respond-async`; `wait_s`: answer as if synchronous where the job ends that soon, None: at once."""
+
+    wait_s: int | None = None
+
+    @property
+    def applied(self) -> dict[str, str]:
+        wait = "" if self.wait_s is None else f", wait={self.wait_s}"
+        return {"preference-applied": f"respond-async{wait}"}
 
 
 def read_priority(headers: Headers, asked: Priority) -> Priority:
@@ -57,6 +73,28 @@ def read_idempotency_key(headers: Headers) -> str | None:
             "Idempotency-Key has 1 to 255 visible ASCII characters.", param="Idempotency-Key", reason="invalid_value"
         )
     return key
+
+
+def read_prefer(headers: Headers) -> Preference | None:
+    """The wish for an asynchronous answer (RFC 7240), None where there is none; other preferences are ignored."""
+    wishes = _preferences(headers)
+    if "respond-async" not in wishes:
+        return None
+    wait = wishes.get("wait")
+    if wait is None:
+        return Preference()
+    if not (wait.isascii() and wait.isdigit() and len(wait) <= 9):
+        raise BadParameter("Prefer: wait is a whole number of seconds.", param="Prefer", reason="invalid_value")
+    return Preference(min(int(wait), MAX_WAIT_S))
+
+
+def _preferences(headers: Headers) -> dict[str, str]:
+    """Preference → value; of a repeated one the first counts. Parameters of a preference are dropped."""
+    found: dict[str, str] = {}
+    for text in _PREFERENCE.findall(",".join(headers.getlist("prefer"))[:MAX_PREFER_CHARS]):
+        name, _, value = text.partition(";")[0].partition("=")
+        found.setdefault(name.strip().lower(), value.strip().strip('"'))
+    return found
 
 
 def body_digest(body: bytes) -> str:
