@@ -1,6 +1,7 @@
 """Connections to Redis: one kind per use (commands, blocking reads, pub/sub), with retries and timeouts set out loud.
 
 redis-py's async client retries nothing unless told which errors; every script of ours is safe to repeat, so it is.
+A server that became a replica counts as a lost connection: the next one reaches its successor.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import MasterDownError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from scheduler.errors import StartupError
+from scheduler.queue.sentinel import SCHEME as SENTINEL
+from scheduler.queue.sentinel import SentinelPool, parse_sentinel_url
 from scheduler.settings import Settings
 from scheduler.telemetry import get_logger
 
@@ -29,7 +32,12 @@ EMBEDDED_STATE = "redis/embedded.json"  # below SPILLWAY_HOME: how other process
 MIN_VERSION = (6, 2)
 _RETRY_S = 0.3
 _TIMEOUT_S: dict[Role, float | None] = {"command": 4.0, "blocking": 15.0, "pubsub": None}
+_SENTINEL_S = 1.0  # a Sentinel that does not answer holds up a reconnect; there are others
 _CONCURRENT = 64  # commands of one client in flight, hence its connections; further ones wait
+
+# What a replica says to a write, alone or inside a script's error, and to a read that blocked while it was demoted;
+# what a replaced primary says that may not write alone.
+_DEMOTED = re.compile(r"\b(READONLY|MASTERDOWN|UNBLOCKED|NOREPLICAS)\b")
 
 log = get_logger(__name__)
 
@@ -53,6 +61,19 @@ class _CancellableWrites:
             self.socket_timeout = limit_s
 
 
+class _LeavesReplicas:
+    """For a redis-py connection: ends it once the server is no primary, so that the retry looks for another one."""
+
+    async def read_response(self: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return await super().read_response(*args, **options)  # pyright: ignore
+        except ResponseError as error:
+            if not (isinstance(error, (ReadOnlyError, MasterDownError)) or _DEMOTED.search(str(error))):
+                raise
+            await self.disconnect(nowait=True)
+            raise RedisConnectionError(f"the server is no primary any more: {error}") from error
+
+
 class _BoundedRedis(Redis):
     """In a burst, commands wait for a connection; redis-py's own pool fails, and its blocking one leaks on a cancel."""
 
@@ -61,7 +82,7 @@ class _BoundedRedis(Redis):
         self._slots = asyncio.Semaphore(_CONCURRENT)
         self.patience_s: float | None = None
         pool: Any = self.connection_pool
-        pool.connection_class = type("Connection", (_CancellableWrites, pool.connection_class), {})
+        pool.connection_class = type("Connection", (_CancellableWrites, _LeavesReplicas, pool.connection_class), {})
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         async with asyncio.timeout(self.patience_s), self._slots:
@@ -93,7 +114,7 @@ def redis_url(settings: Settings) -> str:
 
 
 def connect(settings: Settings, role: Role, patience_s: float | None = None) -> Redis:
-    """A client for one role; connects lazily, replies are bytes. `unix://`, `redis://` and `rediss://` URLs.
+    """A client for one role; connects lazily, replies are bytes. URLs: unix, redis, rediss, sentinel.
 
     `patience_s`: how long a command may take with all its retries, where somebody waits for its answer.
     """
@@ -108,15 +129,25 @@ def connect(settings: Settings, role: Role, patience_s: float | None = None) -> 
     if role != "pubsub":  # the token bus reconnects by itself: it must know of each gap
         options["retry"] = Retry(ExponentialBackoff(cap=0.5, base=0.02), 4)
         options["retry_on_error"] = [RedisConnectionError, RedisTimeoutError]
-    url = redis_url(settings)
+    client = _client(redis_url(settings), options)
+    client.patience_s = patience_s
+    return client
+
+
+def _client(url: str, options: dict[str, Any]) -> _BoundedRedis:
     if not url.startswith("unix://"):
         options["socket_keepalive"] = True
     try:
-        client = _BoundedRedis.from_url(url, **options)  # pyright: ignore[reportUnknownMemberType]
+        if url.startswith(SENTINEL):
+            return _BoundedRedis.from_pool(SentinelPool(parse_sentinel_url(url), _sentinel, options))  # pyright: ignore
+        return _BoundedRedis.from_url(url, **options)  # pyright: ignore[reportUnknownMemberType]
     except ValueError as error:
         raise StartupError(f"SPILLWAY_REDIS_URL: {error}") from error
-    client.patience_s = patience_s
-    return client
+
+
+def _sentinel(**address: Any) -> Redis:
+    patience = {"socket_timeout": _SENTINEL_S, "socket_connect_timeout": _SENTINEL_S}
+    return _BoundedRedis(**address, **patience, lib_name=None, lib_version=None)
 
 
 async def check_server(redis: Redis, *, owned: bool = False, wait_s: float = 0.0) -> ServerFacts:
