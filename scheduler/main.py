@@ -22,7 +22,7 @@ from scheduler.db.schema import migrate
 from scheduler.db.session import Database
 from scheduler.dialect import Dialect
 from scheduler.errors import CapacityError, InternalError, StartupError
-from scheduler.loops.cron import PeriodicJob, run_cron
+from scheduler.loops.control_plane import HOUR_S, ControlPlane
 from scheduler.loops.pruner import prune_finished_jobs
 from scheduler.loops.recorder import Recorder
 from scheduler.loops.sweeper import run_sweeper
@@ -32,7 +32,7 @@ from scheduler.queue.job_queue import JobQueue
 from scheduler.settings import Settings, load_settings
 from scheduler.telemetry import configure, get_logger
 
-PRUNE_MINUTE = 17  # of every hour
+PRUNE_AT_S = 17 * 60  # of every hour
 
 log = get_logger(__name__)
 
@@ -77,12 +77,15 @@ async def _run_loops(
 ) -> None:
     store = JobStore(database)
     recorder = Recorder(DoneLog(blocking, settings), store, settings)
-    prune = PeriodicJob("prune_finished_jobs", lambda: prune_finished_jobs(store, settings, _now_ms()), PRUNE_MINUTE)
+    control = ControlPlane(settings)
+    control.every(
+        HOUR_S, "prune_finished_jobs", lambda: prune_finished_jobs(store, settings, _now_ms()), offset_s=PRUNE_AT_S
+    )
     async with asyncio.TaskGroup() as group:
         until_stop = functools.partial(_until_stop, stop)
         group.create_task(until_stop("sweeper", run_sweeper(JobQueue(commands, settings), settings, stop)))
         group.create_task(until_stop("recorder", recorder.run(stop)))
-        endless = [group.create_task(until_stop("cron", run_cron([prune], settings)))]
+        endless = [group.create_task(until_stop("control plane", control.run()))]
         if settings.parent_pipe is not None:
             endless.append(group.create_task(parent_watch.watch(settings.parent_pipe, stop.set)))
         log.info("scheduler runs", shard=settings.shard)

@@ -19,7 +19,7 @@ from scheduler.db.schema import migrate
 from scheduler.db.session import Database
 from scheduler.job import JobState
 from scheduler.loops import recorder as recorder_module
-from scheduler.loops.cron import PeriodicJob, run_cron
+from scheduler.loops.control_plane import HOUR_S, ControlPlane
 from scheduler.loops.pruner import DAY_MS, prune_finished_jobs
 from scheduler.loops.recorder import Recorder
 from scheduler.queue.connection import connect
@@ -164,8 +164,9 @@ async def test_periodic_jobs_run_at_start_and_prune_old_jobs_only(
     assert old is not None and old.finished_ms is not None
     now_ms = old.finished_ms + migrated.finished_job_retention_days * DAY_MS
     await store.record([replace(old, finished_ms=old.finished_ms - 1)])
-    job = PeriodicJob("prune", lambda: prune_finished_jobs(store, migrated, now_ms), minute=0)
-    cron = asyncio.create_task(run_cron([job], migrated))
+    control = ControlPlane(migrated)
+    control.every(HOUR_S, "prune", lambda: prune_finished_jobs(store, migrated, now_ms))
+    cron = asyncio.create_task(control.run())
     await wait_until(lambda: _is_gone(store, ids[0]))
     assert await store.get(ids[1]) is not None
     cron.cancel()
@@ -190,7 +191,9 @@ async def test_a_periodic_job_that_fails_is_tried_again_and_redis_may_go_away(re
         if len(calls) == 1:
             raise OSError("database unreachable")
 
-    cron = asyncio.create_task(run_cron([PeriodicJob("flaky", fail_once, minute=0)], migrated))
+    control = ControlPlane(migrated)
+    control.every(HOUR_S, "flaky", fail_once)
+    cron = asyncio.create_task(control.run())
     await wait_until(lambda: len(calls) >= 1)
     await cast(Any, redis.client_kill_filter(_type="normal", skipme=True))
     # arq keeps a minute's mark on a cron job that ran; as if the minute were over:
