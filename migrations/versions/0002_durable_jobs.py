@@ -55,8 +55,6 @@ def upgrade() -> None:
         sa.Column("endpoint", sa.String(length=64), nullable=False),
         sa.Column("model", sa.String(length=255), nullable=False),
         sa.Column("priority", sa.String(length=16), nullable=False),
-        sa.Column("request", sa.LargeBinary(), nullable=False),
-        sa.Column("details", sa.Text(), nullable=False),
         sa.Column("created_ms", sa.BigInteger(), nullable=False),
         sa.Column("not_before_ms", sa.BigInteger(), nullable=False),
         sa.Column("deadline_ms", sa.BigInteger(), nullable=True),
@@ -69,13 +67,15 @@ def upgrade() -> None:
         sa.Column("line", sa.Integer(), nullable=True),
         sa.Column("custom_id", sa.String(length=512), nullable=True),
         sa.Column("attempt", sa.Integer(), nullable=False),
-        sa.Column("answer", sa.LargeBinary(), nullable=True),
         sa.Column("error_code", sa.String(length=64), nullable=True),
         sa.Column("error_message", sa.String(length=500), nullable=True),
         sa.Column("error_param", sa.String(length=255), nullable=True),
         sa.Column("prompt_tokens", sa.Integer(), nullable=False),
         sa.Column("completion_tokens", sa.Integer(), nullable=False),
         sa.Column("cached_tokens", sa.Integer(), nullable=False),
+        sa.Column("details", sa.Text(), nullable=False),
+        sa.Column("request", sa.LargeBinary(), nullable=False),
+        sa.Column("answer", sa.LargeBinary(), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_durable_jobs")),
         sa.UniqueConstraint("idempotency", name=op.f("uq_durable_jobs_idempotency")),
     )
@@ -85,7 +85,9 @@ def upgrade() -> None:
         )
         batch_op.create_index(batch_op.f("ix_durable_jobs_finished_ms"), ["finished_ms"], unique=False)
         batch_op.create_index(batch_op.f("ix_durable_jobs_schedule_id"), ["schedule_id"], unique=False)
-        batch_op.create_index("ix_durable_jobs_stage_not_before_ms", ["stage", "not_before_ms"], unique=False)
+        batch_op.create_index(
+            "ix_durable_jobs_stage_batch_id_not_before_ms", ["stage", "batch_id", "not_before_ms"], unique=False
+        )
         batch_op.create_index("ix_durable_jobs_tenant_id", ["tenant", "id"], unique=False)
 
     op.create_table(
@@ -191,7 +193,7 @@ def downgrade() -> None:
     op.drop_table("files")
     with op.batch_alter_table("durable_jobs", schema=None) as batch_op:
         batch_op.drop_index("ix_durable_jobs_tenant_id")
-        batch_op.drop_index("ix_durable_jobs_stage_not_before_ms")
+        batch_op.drop_index("ix_durable_jobs_stage_batch_id_not_before_ms")
         batch_op.drop_index(batch_op.f("ix_durable_jobs_schedule_id"))
         batch_op.drop_index(batch_op.f("ix_durable_jobs_finished_ms"))
         batch_op.drop_index("ix_durable_jobs_batch_id_stage_line_state")

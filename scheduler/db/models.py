@@ -69,12 +69,13 @@ class DurableJob(Table, table=True):
 
     `stage` held: not in Redis yet (its time has not come, or Redis was away); sent: Redis has it, or had it before a
     loss; done: `state` is terminal. `attempt` is the one that ended it and fences late writers. `request` is the
-    encoded InferenceRequest, `answer` the response body as its endpoint would have sent it.
+    encoded InferenceRequest, `answer` the response body as its endpoint would have sent it. `finished_ms` of a job that
+    was opened again stays: an outcome with that very time is the old one.
     """
 
     __tablename__ = "durable_jobs"  # pyright: ignore[reportAssignmentType]
     __table_args__ = (
-        Index("ix_durable_jobs_stage_not_before_ms", "stage", "not_before_ms"),
+        Index("ix_durable_jobs_stage_batch_id_not_before_ms", "stage", "batch_id", "not_before_ms"),
         Index("ix_durable_jobs_batch_id_stage_line_state", "batch_id", "stage", "line", "state"),  # covers the counts
         Index("ix_durable_jobs_tenant_id", "tenant", "id"),
     )
@@ -86,10 +87,8 @@ class DurableJob(Table, table=True):
     endpoint: str = Field(max_length=64)
     model: str = Field(max_length=255)
     priority: str = Field(max_length=16)
-    request: bytes = Field(sa_type=LargeBinary)
-    details: str = Field(default="{}", sa_type=Text)  # the client's metadata, JSON
     created_ms: int = Field(sa_type=BigInteger)
-    not_before_ms: int = Field(default=0, sa_type=BigInteger)
+    not_before_ms: int = Field(default=0, sa_type=BigInteger)  # orders what waits: 0 for the lines of a batch
     deadline_ms: int | None = Field(default=None, sa_type=BigInteger)
     finished_ms: int | None = Field(default=None, sa_type=BigInteger, index=True)
     idempotency: str | None = Field(default=None, max_length=64, unique=True)  # hash of tenant and key
@@ -100,13 +99,16 @@ class DurableJob(Table, table=True):
     line: int | None = None  # 1-based line of the batch's input file
     custom_id: str | None = Field(default=None, max_length=512)
     attempt: int = 0
-    answer: bytes | None = Field(default=None, sa_type=LargeBinary)
     error_code: str | None = Field(default=None, max_length=64)
     error_message: str | None = Field(default=None, max_length=500)
     error_param: str | None = Field(default=None, max_length=255)
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    # Large columns last: SQLite reads what stands before them without walking their overflow pages.
+    details: str = Field(default="{}", sa_type=Text)  # the client's metadata, JSON
+    request: bytes = Field(sa_type=LargeBinary)
+    answer: bytes | None = Field(default=None, sa_type=LargeBinary)
 
 
 class StoredFile(Table, table=True):
