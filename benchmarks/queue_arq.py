@@ -16,7 +16,7 @@ from arq.worker import Worker
 from benchmarks.queue_system import ROWS, RoundTrip, shares
 
 
-async def noop(_context: dict[Any, Any]) -> float:
+async def noop(ctx: dict[Any, Any]) -> float:
     return time.monotonic()
 
 

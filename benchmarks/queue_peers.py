@@ -1,4 +1,4 @@
-"""The environment of the peers that cannot share ours: arq needs redis-py < 6, Celery a newer one. Made when asked for."""
+"""The environment of peers that cannot share ours: arq needs redis-py < 6, Celery a newer one. Made when asked for."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The processes of benchmarks/queue: `python -m benchmarks.queue_process work|produce SYSTEM URL [OPTIONS as JSON]`.
 
-A producer prints one JSON line, a `Measured`; a worker runs until SIGTERM. Both on uvloop where the queue leaves the choice.
+A producer prints one JSON line, a `Measured`; a worker runs until SIGTERM. Both on uvloop where there is a choice.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ async def _throughput(producer: Producer, jobs: int) -> tuple[float, float]:
     began_s = time.monotonic()
     await producer.enqueue(jobs)
     accepted_s = time.monotonic()
-    while await producer.unfinished() > 0:
+    while await producer.unfinished() > 0:  # noqa: ASYNC110 - it happens in Redis
         await asyncio.sleep(_LOOK_S)
     return jobs / (time.monotonic() - began_s), jobs / (accepted_s - began_s)
 

@@ -87,7 +87,7 @@ class SpillwayProducer:
     async def open(self) -> None:
         await self._bus.start()
         fleet = Fleet(self._redis, self._settings)
-        while not await fleet.models():
+        while not await fleet.models():  # noqa: ASYNC110 - it happens in Redis
             await asyncio.sleep(0.02)
 
     async def enqueue(self, count: int) -> None:

@@ -1,4 +1,4 @@
-"""taskiq-redis under benchmarks/queue: the list broker (pops: a killed worker's jobs are lost) and the stream broker."""
+"""taskiq-redis under benchmarks/queue: its list broker (pops: a killed worker loses them) and its stream broker."""
 
 # pyright: reportMissingImports=false
 
