@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlalchemy import delete
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col, select
+from sqlmodel.ext.asyncio.session import AsyncSession
 
-from scheduler.db.models import FinishedJob
+from scheduler.db.models import FinishedJob, Table
 from scheduler.db.session import Database
 from scheduler.job import JobState, JobView, Priority
 from scheduler.request import Usage
+
+Insert = postgresql.Insert | sqlite.Insert
 
 ROWS_PER_STATEMENT = 500  # 17 columns each: below SQLite's 32,766 and PostgreSQL's 32,767 bound values
 _LENGTHS = {"pool": 255, "model": 255, "tenant": 128, "error_code": 64, "error_message": 500}
@@ -26,26 +29,23 @@ class JobStore:
 
     async def record(self, jobs: Sequence[JobView]) -> None:
         """Insert or update terminal jobs, all or none. A row of a newer attempt is left as it is."""
-        rows = list({row["id"]: row for row in sorted(map(_values, jobs), key=_attempt)}.values())
         async with self._database.session() as session:
-            for start in range(0, len(rows), ROWS_PER_STATEMENT):
-                await session.exec(self._upsert(rows[start : start + ROWS_PER_STATEMENT]))
+            await record_in(session, jobs)
             await session.commit()
-
-    def _upsert(self, rows: list[dict[str, Any]]) -> postgresql.Insert | sqlite.Insert:
-        dialect = postgresql if self._database.engine.dialect.name == "postgresql" else sqlite
-        insert = dialect.insert(FinishedJob).values(rows)
-        return insert.on_conflict_do_update(
-            index_elements=["id"],
-            set_={name: insert.excluded[name] for name in rows[0] if name != "id"},
-            where=col(FinishedJob.attempt) <= insert.excluded["attempt"],
-        )
 
     async def get(self, job_id: str) -> JobView | None:
         """The finished job of this id."""
         async with self._database.session() as session:
             row = await session.get(FinishedJob, job_id)
         return None if row is None else _view(row)
+
+    async def some(self, job_ids: Sequence[str]) -> dict[str, JobView]:
+        """Those of these jobs that have finished; at most a few thousand ids."""
+        if not job_ids:
+            return {}
+        async with self._database.session() as session:
+            rows = await session.exec(select(FinishedJob).where(col(FinishedJob.id).in_(job_ids)))
+            return {row.id: _view(row) for row in rows}
 
     async def recent(self, limit: int, tenant: str | None = None) -> list[JobView]:
         """The jobs that finished last, newest first; of one tenant where it is given."""
@@ -62,6 +62,28 @@ class JobStore:
             result = await session.exec(delete(FinishedJob).where(col(FinishedJob.id).in_(old)))
             await session.commit()
         return result.rowcount
+
+
+async def record_in(session: AsyncSession, jobs: Sequence[JobView]) -> None:
+    """The same inside a transaction of the caller's; raises ValueError where a job is not terminal."""
+    rows = list({row["id"]: row for row in sorted(map(_values, jobs), key=_attempt)}.values())
+    insert = insert_for(session)
+    for start in range(0, len(rows), ROWS_PER_STATEMENT):
+        await session.exec(_upsert(insert, rows[start : start + ROWS_PER_STATEMENT]))
+
+
+def insert_for(session: AsyncSession) -> Callable[[type[Table]], Insert]:
+    """`insert` of the session's database, which both know ON CONFLICT, each in a dialect of its own."""
+    return postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
+
+
+def _upsert(insert_into: Callable[[type[Table]], Insert], rows: list[dict[str, Any]]) -> Insert:
+    insert = insert_into(FinishedJob).values(rows)
+    return insert.on_conflict_do_update(
+        index_elements=["id"],
+        set_={name: insert.excluded[name] for name in rows[0] if name != "id"},
+        where=col(FinishedJob.attempt) <= insert.excluded["attempt"],
+    )
 
 
 def _attempt(row: dict[str, Any]) -> int:

@@ -1,0 +1,89 @@
+"""How a durable job ends in SQL: its row, its place among the finished jobs and its events, in one transaction.
+
+The stores of durable jobs call it inside their own transaction. A row that is done stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement
+from sqlmodel import col, update
+from sqlmodel.ext.asyncio.session import AsyncSession
+
+from scheduler.db.durable_rows import Stage
+from scheduler.db.jobs import record_in
+from scheduler.db.models import DurableJob
+from scheduler.job import JobState, JobView, Priority
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a job ended that no worker ran. `code` names a class of scheduler/errors.py."""
+
+    state: JobState
+    code: str
+    message: str
+
+
+CANCELLED = End(JobState.CANCELLED, "cancelled", "The job was cancelled.")
+EXPIRED = End(JobState.EXPIRED, "deadline_exceeded", "The job's deadline passed before it was done.")
+
+
+async def end_held(session: AsyncSession, end: End, now_ms: int, *which: ColumnElement[bool]) -> list[str]:
+    """End those of the chosen rows that are held; their ids. Lines of a batch are told of by their batch."""
+    ended = await session.exec(
+        update(DurableJob)
+        .where(col(DurableJob.stage) == Stage.HELD.value, *which)
+        .values(
+            stage=Stage.DONE.value,
+            state=end.state.value,
+            finished_ms=now_ms,
+            error_code=end.code,
+            error_message=end.message,
+            error_param=None,
+        )
+        .returning(
+            col(DurableJob.id),
+            col(DurableJob.tenant),
+            col(DurableJob.model),
+            col(DurableJob.priority),
+            col(DurableJob.created_ms),
+            col(DurableJob.deadline_ms),
+            col(DurableJob.attempt),
+            col(DurableJob.batch_id),
+            col(DurableJob.webhook_id),
+        )
+        .execution_options(synchronize_session=False)
+    )
+    rows = ended.all()
+    jobs = [
+        JobView(
+            id=row.id,
+            state=end.state,
+            pool=row.model,
+            model=row.model,
+            priority=Priority(row.priority),
+            tenant=row.tenant,
+            attempt=row.attempt,
+            created_ms=row.created_ms,
+            finished_ms=now_ms,
+            deadline_ms=row.deadline_ms,
+            error_code=end.code,
+            error_message=end.message,
+            durable=True,
+        )
+        for row in rows
+        if row.batch_id is None
+    ]
+    await settle(session, jobs, {row.id: row.webhook_id for row in rows})
+    return [row.id for row in rows]
+
+
+async def settle(session: AsyncSession, jobs: Sequence[JobView], webhooks: dict[str, str | None]) -> None:
+    """What follows from these ends: the rows of the finished jobs, and events for whoever wants to be told.
+
+    `webhooks`: by job id, the endpoint that the job itself named.
+    """
+    await record_in(session, jobs)
