@@ -1,4 +1,4 @@
-"""A TCP proxy before a Redis on a unix socket that loses replies and cuts connections on demand, for fault tests."""
+"""A TCP proxy before a Redis on a unix socket that loses replies, cuts and freezes connections, for fault tests."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ class RedisProxy:
         self._path = unquote(redis_url.removeprefix("unix://"))
         self._open: set[asyncio.StreamWriter] = set()
         self._losing = False
+        self._whole = asyncio.Event()
+        self._whole.set()
         self.lost = 0
         self.url = ""
 
@@ -23,13 +25,25 @@ class RedisProxy:
         """The next command is executed by Redis; its reply never arrives, the connection breaks."""
         self._losing = True
 
+    def partition(self) -> None:
+        """From now on nothing passes, and nobody is told; what is on its way arrives after `heal`."""
+        self._whole.clear()
+
+    def heal(self) -> None:
+        self._whole.set()
+
     def cut(self) -> None:
         """Breaks all connections of now."""
         for writer in list(self._open):
             writer.close()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        up_reader, up_writer = await asyncio.open_unix_connection(self._path)
+        await self._whole.wait()
+        try:
+            up_reader, up_writer = await asyncio.open_unix_connection(self._path)
+        except OSError:  # the server is down: so is this connection
+            writer.close()
+            return
         self._open |= {writer, up_writer}
         try:
             async with asyncio.TaskGroup() as group:
@@ -45,6 +59,7 @@ class RedisProxy:
     async def _forward(self, reader: asyncio.StreamReader, up: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
+                await self._whole.wait()
                 up.write(data)
                 await up.drain()
         up.close()
@@ -54,6 +69,7 @@ class RedisProxy:
     ) -> None:
         with contextlib.suppress(OSError):
             while data := await up.read(65536):
+                await self._whole.wait()
                 if self._losing:
                     self._losing = False
                     self.lost += 1
@@ -80,5 +96,6 @@ async def redis_proxy(redis_url: str) -> AsyncIterator[RedisProxy]:
         yield proxy
     finally:
         server.close()
+        proxy.heal()
         proxy.cut()
         await asyncio.gather(*tasks, return_exceptions=True)

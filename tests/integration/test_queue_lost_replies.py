@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+from redis.asyncio import Redis
 
 from scheduler.job import JobState
 from scheduler.queue.connection import connect
@@ -15,7 +16,7 @@ from scheduler.queue.token_bus import TokenBus
 from scheduler.settings import Settings
 from scheduler.tokens import Delta, EventId
 from tests.conftest import wait_until
-from tests.queue_cases import WORKER, changed, claim, claim_one, delta, emit, enqueue, log_ids, state_of, succeed
+from tests.queue_cases import WORKER, ask, changed, claim, claim_one, delta, emit, enqueue, log_ids, state_of, succeed
 from tests.redis_proxy import RedisProxy, redis_proxy
 
 
@@ -100,6 +101,29 @@ async def test_a_lost_reply_of_cancel_cancels_once(far_queue: JobQueue, proxy: R
     assert await far_queue.cancel(job_id) is JobState.CANCELLED
     assert await state_of(far_queue, job_id) is JobState.CANCELLED
     assert proxy.lost == 1 and (await far_queue.counts())["cancelled"] == 1
+
+
+async def test_a_lost_reply_of_sweep_loses_each_job_once(far_queue: JobQueue, proxy: RedisProxy, redis: Redis) -> None:
+    job_id = await enqueue(far_queue)
+    await claim_one(far_queue)
+    await ask(redis, "ZADD", far_queue.keys.of("lease"), 1, WORKER)  # long expired
+    proxy.lose_next_reply()
+    assert not (await far_queue.sweep()).ran  # asked again, it says that another was just there
+    again = await claim_one(far_queue, "w:2")
+    assert proxy.lost == 1 and (again.id, again.attempt, again.lost) == (job_id, 2, 1)
+
+
+async def test_a_lost_reply_of_retire_worker_hands_back_once(
+    far_queue: JobQueue, proxy: RedisProxy, redis: Redis
+) -> None:
+    job_id = await enqueue(far_queue)
+    await claim_one(far_queue)
+    proxy.lose_next_reply()
+    await far_queue.retire_worker(WORKER)
+    assert proxy.lost == 1 and await redis.hget(far_queue.keys.job(job_id), "handed") == b"1"  # pyright: ignore
+    again = await claim_one(far_queue, "w:2")
+    assert (again.attempt, again.lost, again.failures) == (2, 0, 0)
+    assert await claim(far_queue, "w:3") == []
 
 
 async def test_a_relay_over_a_line_that_keeps_breaking_shows_everything_once(
