@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -29,9 +30,16 @@ class Settings(BaseSettings):
 
     # API
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
+    max_file_bytes: int = Field(default=512 * 10**6, ge=1024)
+    max_batch_file_bytes: int = Field(default=200 * 10**6, ge=1024)
+    disk_reserve_bytes: int = Field(default=64 * 2**20, ge=0)  # what stored files leave to queue, database and logs
     keepalive_s: float = Field(default=15.0, gt=0)
     allowed_hosts: str = ""
     allowed_origins: str = ""
+
+    # Requests that this server makes: origins that may be plain http or have a private address, http://127.0.0.1:9000
+    outbound_origins: str = ""
+    secret_key: str | None = Field(default=None, repr=False)
 
     # Queue
     queue_depth_cap: int = Field(default=10_000, ge=1)
@@ -40,6 +48,8 @@ class Settings(BaseSettings):
     max_attempts: int = Field(default=5, ge=1)
     max_lost: int = Field(default=3, ge=1)
     job_retention_s: int = Field(default=600, ge=10)
+    urgent_slack_ms: int = Field(default=2000, ge=0)
+    batch_kv_threshold: float = Field(default=0.7, gt=0, le=1)
     queue_ttl_s: int = Field(default=24 * 3600, ge=10)
 
     # Worker and engine
@@ -71,6 +81,14 @@ class Settings(BaseSettings):
     def _expand(cls, value: Path) -> Path:
         return value.expanduser().absolute()
 
+    @field_validator("outbound_origins")
+    @classmethod
+    def _check_origins(cls, value: str) -> str:
+        for entry in filter(None, (part.strip() for part in value.split(","))):
+            if _ORIGIN.fullmatch(entry) is None:
+                raise ValueError(f"{entry!r} is not an origin like http://127.0.0.1:9000 (no path, several by commas)")
+        return value
+
     @property
     def model_refs(self) -> tuple[str, ...]:
         """The model references to serve, first one is the default."""
@@ -93,6 +111,7 @@ class Settings(BaseSettings):
         return url
 
 
+_ORIGIN = re.compile(r"https?://(?:\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
 _ASYNC_DRIVERS = {
     "postgres://": "postgresql+asyncpg://",
     "postgresql://": "postgresql+asyncpg://",

@@ -44,6 +44,7 @@ _SECRETS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]{4,}", re.IGNORECASE), rf"\1 {REDACTED}"),
     (re.compile(r"\b(sk|pk|rk)-[\w-]{8,}"), rf"\1-{REDACTED}"),
     (re.compile(r"\bhf_\w{16,}|\bgh[opsu]_\w{16,}|\bAKIA[0-9A-Z]{16}\b|\bAIza[\w-]{30,}"), REDACTED),
+    (re.compile(r"\bwhsec_[\w+/=-]{8,}"), REDACTED),
     (re.compile(r"\bgAAAAA[\w-]{20,}={0,2}"), REDACTED),
     (re.compile(r"\beyJ[\w-]{6,}\.[\w-]{6,}\.[\w-]*"), REDACTED),
     (re.compile(r"(://[^\s/:@\"']*:)[^\s@\"']+@"), rf"\1{REDACTED}@"),
