@@ -15,10 +15,13 @@ import msgspec
 from api.protocols.parameters import BadParameter
 from scheduler.errors import (
     AuthenticationRequired,
+    BatchConflict,
+    BatchNotFound,
     BodyTooLarge,
     CapacityError,
     ClientError,
     DeadlineExceeded,
+    FileNotFound,
     Forbidden,
     IdempotencyMismatch,
     InvalidRequest,
@@ -26,8 +29,12 @@ from scheduler.errors import (
     JobConflict,
     JobNotFound,
     QueueFull,
+    ScheduleNotFound,
     SpillwayError,
+    StorageFull,
     UnknownModel,
+    WebhookConflict,
+    WebhookNotFound,
     WorkerError,
 )
 
@@ -56,6 +63,18 @@ class EventsExpired(ClientError):
     code = "job_events_expired"
 
 
+class ResultExpired(ClientError):
+    """The job is known, its answer, or what a retry needs, is no longer kept."""
+
+    code = "job_result_expired"
+
+
+class PoolNotFound(ClientError):
+    """No worker offers this pool and no job waits in it."""
+
+    code = "pool_not_found"
+
+
 class ClientGone(ClientError):
     """The client closed its connection; nobody reads the answer."""
 
@@ -81,13 +100,22 @@ _RULES: dict[type[SpillwayError], Rule] = {
     UnsupportedEncoding: Rule(415, "invalid_request_error"),
     RequestTimeout: Rule(408, "invalid_request_error"),
     JobNotFound: Rule(404, "invalid_request_error"),
+    FileNotFound: Rule(404, "invalid_request_error"),
+    BatchNotFound: Rule(404, "invalid_request_error"),
+    WebhookNotFound: Rule(404, "invalid_request_error"),
+    WebhookConflict: Rule(409, "invalid_request_error", retry="never"),
+    ScheduleNotFound: Rule(404, "invalid_request_error"),
+    BatchConflict: Rule(409, "invalid_request_error", retry="never"),
     EventsExpired: Rule(410, "invalid_request_error"),
+    ResultExpired: Rule(410, "invalid_request_error"),
+    PoolNotFound: Rule(404, "invalid_request_error"),
     ClientGone: Rule(499, "invalid_request_error"),
     JobConflict: Rule(409, "invalid_request_error", retry="never"),
     IdempotencyMismatch: Rule(422, "invalid_request_error"),
     AuthenticationRequired: Rule(401, "invalid_request_error"),
     Forbidden: Rule(403, "invalid_request_error"),
     QueueFull: Rule(429, "rate_limit_error", retry="after"),
+    StorageFull: Rule(507, "server_error", retry="never"),
     CapacityError: Rule(503, "server_error", retry="after"),
     DeadlineExceeded: Rule(504, "server_error", retry="never"),
     JobCancelled: Rule(409, "invalid_request_error", retry="never"),

@@ -3,10 +3,12 @@
     SpillwayError
     ├── ClientError            the request is at fault; never retried
     │   ├── InvalidRequest     └── UnsupportedOption, ContextLengthExceeded, UnknownModel, BodyTooLarge,
-    │                              JobNotFound, JobConflict, IdempotencyMismatch, AuthenticationRequired, Forbidden
-    ├── CapacityError          nothing is wrong, there is no room now: QueueFull, NoModelYet, ShuttingDown,
-    │                          QueueUnavailable
-    ├── DeadlineExceeded       the job's own deadline passed
+    │                              JobNotFound, JobConflict, IdempotencyMismatch, AuthenticationRequired, Forbidden,
+    │                              FileNotFound, BatchNotFound, BatchConflict, WebhookNotFound, WebhookConflict,
+    │                              ScheduleNotFound
+    ├── CapacityError          nothing is wrong, there is no room now: QueueFull, NoModelYet, PoolDraining,
+    │                          ShuttingDown, QueueUnavailable, StorageFull, VaultLocked
+    ├── DeadlineExceeded       the job's own deadline passed; QueueTimeout: nobody came to it within the queue's TTL
     ├── JobCancelled           somebody with the right to do so ended it
     └── WorkerError            the worker is at fault: EngineFailure (this row), WorkerLost (crash), InternalError
 
@@ -78,6 +80,36 @@ class IdempotencyMismatch(ClientError):
     code = "idempotency_key_reused"
 
 
+class FileNotFound(ClientError):
+    code = "file_not_found"
+
+
+class BatchNotFound(ClientError):
+    code = "batch_not_found"
+
+
+class WebhookNotFound(ClientError):
+    """No endpoint, or no delivery, of this id."""
+
+    code = "webhook_not_found"
+
+
+class WebhookConflict(ClientError):
+    """The delivery or endpoint is in a state that does not allow what was asked."""
+
+    code = "webhook_conflict"
+
+
+class ScheduleNotFound(ClientError):
+    code = "schedule_not_found"
+
+
+class BatchConflict(ClientError):
+    """The batch is in a state that does not allow what was asked."""
+
+    code = "batch_conflict"
+
+
 class AuthenticationRequired(ClientError):
     code = "invalid_api_key"
 
@@ -103,6 +135,18 @@ class NoModelYet(CapacityError):
     code = "no_model_yet"
 
 
+class PoolDraining(CapacityError):
+    """Its operator lets this pool run empty."""
+
+    code = "pool_draining"
+
+
+class StorageFull(CapacityError):
+    """The disk has no room for a file."""
+
+    code = "storage_full"
+
+
 class ShuttingDown(CapacityError):
     code = "shutting_down"
 
@@ -116,6 +160,18 @@ class QueueUnavailable(CapacityError):
 class DeadlineExceeded(SpillwayError):
     code = "deadline_exceeded"
     fault = "owner"
+
+
+class VaultLocked(CapacityError):
+    """No key at hand opens a stored secret."""
+
+    code = "vault_locked"
+
+
+class QueueTimeout(DeadlineExceeded):
+    """The job waited longer than the queue keeps one; it had no deadline of its own, or a later one."""
+
+    code = "queue_timeout"
 
 
 class JobCancelled(SpillwayError):

@@ -17,21 +17,27 @@ from typing import Any
 from redis.asyncio import Redis
 
 from scheduler import parent_watch
+from scheduler.batch import EXPAND_BATCH
+from scheduler.batches.keeper import BatchKeeper, make_keeper
+from scheduler.db.files import FileStore
 from scheduler.db.jobs import JobStore
 from scheduler.db.schema import migrate
 from scheduler.db.session import Database
 from scheduler.dialect import Dialect
 from scheduler.errors import CapacityError, InternalError, StartupError
+from scheduler.lifecycle import Lifecycle
 from scheduler.loops.control_plane import HOUR_S, ControlPlane
 from scheduler.loops.pruner import prune_finished_jobs
 from scheduler.loops.recorder import Recorder
 from scheduler.loops.sweeper import run_sweeper
 from scheduler.queue.connection import check_server, connect
 from scheduler.queue.done_log import DoneLog
+from scheduler.queue.fleet import Fleet
 from scheduler.queue.job_queue import JobQueue
 from scheduler.settings import Settings, load_settings
 from scheduler.telemetry import configure, get_logger
 
+FILE_SWEEP_S = 600
 PRUNE_AT_S = 17 * 60  # of every hour
 
 log = get_logger(__name__)
@@ -81,10 +87,12 @@ async def _run_loops(
     control.every(
         HOUR_S, "prune_finished_jobs", lambda: prune_finished_jobs(store, settings, _now_ms()), offset_s=PRUNE_AT_S
     )
+    batches = _batch_keeper(control, settings, dialect, database, commands)
     async with asyncio.TaskGroup() as group:
         until_stop = functools.partial(_until_stop, stop)
         group.create_task(until_stop("sweeper", run_sweeper(JobQueue(commands, settings), settings, stop)))
         group.create_task(until_stop("recorder", recorder.run(stop)))
+        group.create_task(until_stop("batches", batches.run(stop)))
         endless = [group.create_task(until_stop("control plane", control.run()))]
         if settings.parent_pipe is not None:
             endless.append(group.create_task(parent_watch.watch(settings.parent_pipe, stop.set)))
@@ -93,6 +101,18 @@ async def _run_loops(
         for task in endless:
             task.cancel()
     log.info("scheduler stopped")
+
+
+def _batch_keeper(
+    control: ControlPlane, settings: Settings, dialect: Dialect, database: Database, commands: Redis
+) -> BatchKeeper:
+    files, fleet = FileStore(database, settings), Fleet(commands, settings)
+    lifecycle = Lifecycle(JobQueue(commands, settings), fleet, settings)
+    keeper = make_keeper(database, files, lifecycle, fleet, dialect, settings)
+    control.every(1, "settle_batches", keeper.settle)
+    control.function(EXPAND_BATCH, keeper.expand)
+    control.every(FILE_SWEEP_S, "sweep_files", lambda: files.sweep(_now_ms()))
+    return keeper
 
 
 async def _until_stop(stop: asyncio.Event, name: str, loop: Coroutine[Any, Any, None]) -> None:
