@@ -109,6 +109,17 @@ class ClaimedJob:
 
 
 @dataclass(frozen=True, slots=True)
+class Claimed:
+    """What a claim gave; `preempt` names batch jobs of this worker that stand in the way of higher work that waits.
+
+    Hand those back as preempted, then claim again.
+    """
+
+    jobs: tuple[ClaimedJob, ...] = ()
+    preempt: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class AttemptView:
     """One attempt as a reader sees it."""
 

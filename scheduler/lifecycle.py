@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from scheduler import retry, routing
 from scheduler.errors import BY_CODE, NoModelYet, UnknownModel
-from scheduler.job import ClaimedJob, JobState, NewJob, Priority
+from scheduler.job import Claimed, ClaimedJob, JobState, NewJob, Priority
 from scheduler.model_card import ModelCard
 from scheduler.queue.fleet import Fleet
 from scheduler.queue.job_queue import JobQueue
@@ -65,7 +65,7 @@ class Lifecycle:
 
         `durable`: the job has a SQL row. An id that is known already stays as it is, and is reported as created.
 
-        Raises UnknownModel, NoModelYet, QueueFull, IdempotencyMismatch.
+        Raises UnknownModel, NoModelYet, QueueFull, PoolDraining, IdempotencyMismatch.
         """
         target = await self._plan(request.model)
         body = encode_request(request)
@@ -91,14 +91,27 @@ class Lifecycle:
         return Submitted(enqueued.job_id, enqueued.created, target.pool)
 
     async def claim(
-        self, worker: str, pool: str, capacity_rows: int, total_rows: int, kv_tokens: int
-    ) -> list[ClaimedJob]:
-        """Jobs for this worker; renews or starts its lease."""
-        return await self._queue.claim(worker, pool, capacity_rows, total_rows, kv_tokens)
+        self,
+        worker: str,
+        pool: str,
+        capacity_rows: int,
+        total_rows: int,
+        kv_tokens: int,
+        total_kv_tokens: int = 0,
+        *,
+        may_preempt: bool = False,
+    ) -> Claimed:
+        """Jobs for this worker, and with `may_preempt` its batch jobs to hand back; renews or starts its lease."""
+        return await self._queue.claim(
+            worker, pool, capacity_rows, total_rows, kv_tokens, total_kv_tokens, may_preempt=may_preempt
+        )
 
-    async def wait_for_work(self, pool: str, timeout_s: float) -> None:
-        """Until this worker is the one to look for work in the pool, at most `timeout_s` (≤ 9 s)."""
-        await self._queue.wait_for_work(pool, timeout_s)
+    async def wait_for_work(self, pool: str, timeout_s: float, *, full: bool = False) -> None:
+        """Until this worker is the one to look for work in the pool, at most `timeout_s` (≤ 9 s).
+
+        `full`: it has no room, but batch work that it would hand back for higher work.
+        """
+        await self._queue.wait_for_work(pool, timeout_s, full=full)
 
     async def emit(self, worker: str, events: Sequence[tuple[str, EventId, bytes]]) -> EmitResult:
         """Makes events visible, at most one per job, and renews the lease; without events a heartbeat."""
@@ -147,9 +160,9 @@ class Lifecycle:
         """The worker stopped a job that emit reported as cancelled (by its client or by its deadline)."""
         return await self._queue.finish(worker, job.id, job.attempt, Outcome(JobState.CANCELLED, usage=usage))
 
-    async def hand_back(self, worker: str, job: ClaimedJob) -> bool:
-        """A draining worker gives a job back; the attempt is not burnt."""
-        return await self._queue.hand_back(worker, job.id, job.attempt)
+    async def hand_back(self, worker: str, job: ClaimedJob, *, preempted: bool = False) -> bool:
+        """A worker that drains, or makes room for a higher class, gives a job back; the attempt is not burnt."""
+        return await self._queue.hand_back(worker, job.id, job.attempt, preempted=preempted)
 
     async def worker_died(self, worker: str) -> int:
         """The worker's engine is gone: its jobs go on elsewhere at once. Returns how many it held."""
@@ -163,6 +176,30 @@ class Lifecycle:
         """None: unknown job. CANCELLED: it is over. RUNNING: its worker stops it with its next emit."""
         return await self._queue.cancel(job_id)
 
+    async def reprioritise(self, job_id: str, priority: Priority) -> JobState | None:
+        """None: unknown job; a terminal state: too late. Else the job has its new class from now on."""
+        return await self._queue.reprioritise(job_id, priority)
+
+    async def replay(self, job_id: str) -> JobState | None:
+        """Accepts a job that did not succeed once more. QUEUED: it waits again; see JobQueue.replay for the others."""
+        return await self._queue.replay(job_id)
+
+    async def discard(self, job_id: str) -> bool:
+        """A dead letter, or the body of an ended job, is given up; False: there was none."""
+        return await self._queue.discard(job_id)
+
+    async def pause(self, pool: str, priority: Priority | None = None) -> None:
+        """Nothing new of the pool (or class) is claimed; it goes on accepting."""
+        await self._queue.pause(pool, priority)
+
+    async def resume(self, pool: str, priority: Priority | None = None) -> None:
+        """Undoes the same pause."""
+        await self._queue.resume(pool, priority)
+
+    async def drain(self, pool: str, on: bool) -> None:
+        """The pool refuses new jobs, or takes them again; those that it has are worked off."""
+        await self._queue.drain(pool, on)
+
     async def _plan(self, model: str) -> routing.Target:
         if time.monotonic() - self._cards_at <= _CARDS_FRESH_S:
             try:
@@ -173,7 +210,11 @@ class Lifecycle:
         return routing.plan(model, self._cards)
 
 
-_END_STATES = {"cancelled": JobState.CANCELLED, "deadline_exceeded": JobState.EXPIRED}
+_END_STATES = {
+    "cancelled": JobState.CANCELLED,
+    "deadline_exceeded": JobState.EXPIRED,
+    "queue_timeout": JobState.EXPIRED,
+}
 assert _END_STATES.keys() <= BY_CODE.keys()
 
 

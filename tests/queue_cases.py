@@ -54,7 +54,7 @@ async def enqueue(queue: JobQueue, **fields: Any) -> str:
 async def claim(
     queue: JobQueue, worker: str = WORKER, rows: int = 32, kv: int = PLENTY, total: int = 32
 ) -> list[ClaimedJob]:
-    return await queue.claim(worker, POOL, rows, total, kv)
+    return list((await queue.claim(worker, POOL, rows, total, kv)).jobs)
 
 
 async def claim_one(queue: JobQueue, worker: str = WORKER) -> ClaimedJob:

@@ -79,7 +79,7 @@ class ScriptedWorker:
                 if time.monotonic() >= publish_at:
                     await self.publish()
                     publish_at = time.monotonic() + 1
-                jobs = await self._lifecycle.claim(self.name, "demo", ROWS, ROWS, 1_000_000)
+                jobs = (await self._lifecycle.claim(self.name, "demo", ROWS, ROWS, 1_000_000)).jobs
                 for job in jobs:
                     group.create_task(self._play(job))
                 await self._queue.sweep()

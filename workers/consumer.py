@@ -36,8 +36,9 @@ class Consumer:
         self, backend: Backend, lifecycle: Lifecycle, fleet: Fleet, settings: Settings, shutdown: Shutdown
     ) -> None:
         self._parts = WorkerParts(
-            backend, lifecycle, fleet, settings, shutdown, work_rang=asyncio.Event(), wants_work=asyncio.Event()
-        )
+            backend, lifecycle, fleet, settings, shutdown,
+            work_rang=asyncio.Event(), wants_work=asyncio.Event(), wants_higher_work=asyncio.Event(),
+        )  # fmt: skip
         self._over = asyncio.Event()
         self._quick_deaths = 0
 
@@ -103,13 +104,14 @@ class Consumer:
         return await self._start()
 
     async def _bell_loop(self, pool: str) -> None:
-        """Listens while the incarnation has room and nothing to do; each ring wakes one worker."""
+        """Listens while the incarnation has room and nothing to do, or could make room; each ring wakes one worker."""
         parts = self._parts
         while not self._over.is_set():
-            if not await any_set(parts.wants_work, self._over, timeout_s=_BELL_WAIT_S) or self._over.is_set():
+            wanted = parts.wants_work, parts.wants_higher_work
+            if not await any_set(*wanted, self._over, timeout_s=_BELL_WAIT_S) or self._over.is_set():
                 continue
             try:
-                await parts.lifecycle.wait_for_work(pool, _BELL_WAIT_S)
+                await parts.lifecycle.wait_for_work(pool, _BELL_WAIT_S, full=not parts.wants_work.is_set())
             except QueueUnavailable:
                 await any_set(self._over, timeout_s=_BELL_RETRY_S)
                 continue

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import functools
 import os
 import secrets
 import socket
@@ -19,14 +20,15 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from scheduler.errors import QueueUnavailable
-from scheduler.job import ClaimedJob
+from scheduler.job import Claimed, ClaimedJob, Priority
 from scheduler.lifecycle import Lifecycle
 from scheduler.model_card import ModelCard
 from scheduler.queue.fleet import Fleet, WorkerView
 from scheduler.settings import Settings
 from scheduler.telemetry import get_logger, log_context
-from workers.backend import Backend, BackendDied, JobDone, JobError
+from workers.backend import Backend, BackendDied, Capacity, JobDone, JobError
 from workers.outbox import Outbox, as_progress
+from workers.preemption import Preemption
 from workers.shutdown import Shutdown, any_set
 
 _log = get_logger(__name__)
@@ -34,6 +36,7 @@ _T = TypeVar("_T")
 
 _PUBLISH_EVERY_S = 1.0
 _LOOK_AGAIN_S = 1.0
+_PREEMPTION_LOOK_S = 0.05  # until the backend's account shows the room that was made
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 0.05, 1.0
 _DRAIN_LOOK_S = 0.05
 
@@ -46,7 +49,9 @@ class Ending(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerParts:
-    """What every incarnation of a worker works with. `work_rang` is set when there may be work to claim."""
+    """What every incarnation of a worker works with. `work_rang` is set when there may be work to claim; the others
+    say what the worker listens for: any work, or, being full, work above the batch jobs that it holds.
+    """
 
     backend: Backend
     lifecycle: Lifecycle
@@ -55,6 +60,7 @@ class WorkerParts:
     shutdown: Shutdown
     work_rang: asyncio.Event
     wants_work: asyncio.Event
+    wants_higher_work: asyncio.Event
 
 
 class Incarnation:
@@ -69,6 +75,7 @@ class Incarnation:
         self._outbox = Outbox()
         self._news = asyncio.Event()
         self._over = asyncio.Event()
+        self._preemption = Preemption()
         self._ending = Ending.DRAINED
         self._heartbeat_s = parts.settings.lease_ttl_ms / 3000
 
@@ -89,23 +96,47 @@ class Incarnation:
         while not self._over.is_set() and not self._parts.shutdown.draining.is_set():
             self._parts.work_rang.clear()
             room = self._parts.backend.capacity()
-            claimed: list[ClaimedJob] = []
-            if room.rows > 0:
-                claimed = await self._persist(lambda room=room: self._claim(room.rows, room.kv_tokens)) or []
-            for job in claimed:
+            claimed = await self._claim(room)
+            for job in claimed.jobs:
                 await self._begin(job)
-            if not claimed:
+            if claimed.preempt:
+                self._preemption.begin(claimed.preempt, room)
+                self._news.set()
+            if not claimed.jobs:
                 await self._wait_for_work(room.rows > 0)
 
-    async def _claim(self, rows: int, kv_tokens: int) -> list[ClaimedJob]:
-        return await self._parts.lifecycle.claim(self.id, self._pool, rows, self._card.max_rows, kv_tokens)
+    async def _claim(self, room: Capacity) -> Claimed:
+        """What fits; a full worker asks only where it could make room."""
+        may_preempt = self._holds_batch_work() and self._preemption.is_over(room)
+        if room.rows <= 0 and not may_preempt:
+            return Claimed()
+        ask = functools.partial(
+            self._parts.lifecycle.claim,
+            self.id,
+            self._pool,
+            room.rows,
+            self._card.max_rows,
+            room.kv_tokens,
+            self._card.kv_budget_tokens,
+            may_preempt=may_preempt,
+        )
+        claimed = await self._persist(ask)
+        return Claimed() if claimed is None else claimed
+
+    def _holds_batch_work(self) -> bool:
+        return any(job.priority is Priority.BATCH for job in self._outbox.jobs)
 
     async def _wait_for_work(self, has_room: bool) -> None:
-        """Until the bell rings, room comes free or a while has passed. Only who has room listens to the bell."""
+        """Until a bell rings, room comes free or a while has passed. A full worker listens where it could make room."""
+        parts = self._parts
         if has_room:
-            self._parts.wants_work.set()
-        await any_set(self._parts.work_rang, self._over, self._parts.shutdown.draining, timeout_s=_LOOK_AGAIN_S)
-        self._parts.wants_work.clear()
+            parts.wants_work.set()
+        elif self._holds_batch_work():
+            parts.wants_higher_work.set()
+        pause_s = _PREEMPTION_LOOK_S if self._preemption.settling else _LOOK_AGAIN_S
+        await any_set(parts.work_rang, self._over, parts.shutdown.draining, timeout_s=pause_s)
+        parts.wants_work.clear()
+        parts.wants_higher_work.clear()
 
     async def _begin(self, job: ClaimedJob) -> None:
         visible = await self._persist(lambda: self._parts.lifecycle.progress(job.id)) if job.attempt > 1 else ()
@@ -159,6 +190,17 @@ class Incarnation:
             await self._cancel(job_id)
         for job, end in self._outbox.ended():
             await self._finish(job, end)
+        for job_id in self._preemption.named:
+            await self._make_room(job_id)
+
+    async def _make_room(self, job_id: str) -> None:
+        """Hands a batch job back for higher work; what it said is in the log, so it goes on after that."""
+        job = self._outbox.get(job_id)
+        if job is not None:
+            await self._parts.backend.cancel(job.id, job.attempt)
+            await self._parts.lifecycle.hand_back(self.id, job, preempted=True)
+            await self._drop(job)
+        self._preemption.end(job_id)
 
     async def _cancel(self, job_id: str) -> None:
         job = self._outbox.get(job_id)

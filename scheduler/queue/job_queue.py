@@ -9,15 +9,16 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from redis.asyncio import Redis
 
-from scheduler.errors import IdempotencyMismatch, QueueFull, QueueUnavailable
-from scheduler.job import ClaimedJob, JobState, JobView, NewJob, Priority
+from scheduler.errors import IdempotencyMismatch, PoolDraining, QueueFull, QueueUnavailable
+from scheduler.job import Claimed, JobState, NewJob, Priority, created_ms_of
 from scheduler.queue import scripts
 from scheduler.queue.connection import connect
-from scheduler.queue.keys import Keys, idempotency_part, quoted, unquoted
+from scheduler.queue.keys import FULL_MS, idempotency_part, quoted
+from scheduler.queue.reader import QueueReader
 from scheduler.queue.records import (
     EMITTED,
     EmitResult,
@@ -25,7 +26,6 @@ from scheduler.queue.records import (
     Outcome,
     SweepResult,
     claimed_job,
-    job_view,
 )
 from scheduler.settings import Settings
 from scheduler.tokens import EventId, Failed, encode_event
@@ -37,19 +37,18 @@ _ENDS: tuple[str | bytes, ...] = tuple(
         ("cancelled", "The job was cancelled."),
         ("deadline_exceeded", "The job's deadline passed before it was done."),
         ("worker_lost", "The job's worker died too often while it ran; it is kept as a dead letter for a day."),
+        ("queue_timeout", "The job waited for a worker longer than the queue keeps one; nothing of it was run."),
     )
     for part in (code, message, encode_event(Failed(code=code, message=message)))
 )
 
 
-class JobQueue:
+class JobQueue(QueueReader):
     """All calls raise QueueUnavailable when Redis cannot be reached, and are safe to repeat after that."""
 
     def __init__(self, redis: Redis, settings: Settings) -> None:
-        self._redis = redis
+        super().__init__(redis, settings)
         self._settings = settings
-        self.keys = Keys(settings.shard)
-        self._prefix = self.keys.prefix
         self._keep_ms = settings.job_retention_s * 1000
         self._unanswered: dict[str, str] = {}
         self._blocking: Redis | None = None
@@ -83,6 +82,7 @@ class JobQueue:
                 job.model,
                 int(job.durable),
                 job.batch_id,
+                created_ms_of(job.id),
             )
         except QueueUnavailable as error:
             if scripts.is_out_of_memory(error.__cause__):
@@ -91,23 +91,45 @@ class JobQueue:
         return _accepted(job, reply)
 
     async def claim(
-        self, worker: str, pool: str, capacity_rows: int, total_rows: int, kv_tokens: int
-    ) -> list[ClaimedJob]:
-        """Jobs for this worker, best first, as many as fit; renews (or starts) its lease also when there are none."""
+        self,
+        worker: str,
+        pool: str,
+        capacity_rows: int,
+        total_rows: int,
+        kv_tokens: int,
+        total_kv_tokens: int = 0,
+        *,
+        may_preempt: bool = False,
+    ) -> Claimed:
+        """Jobs for this worker, best first, as many as fit; renews (or starts) its lease also when there are none.
+
+        `total_kv_tokens` 0: the worker has no KV budget, batch work is not held back for it. `may_preempt`: where
+        higher work finds no room, also name the batch jobs to hand back for it.
+        """
         nonce = self._unanswered.pop(worker, None) or secrets.token_hex(6)
-        room = (capacity_rows, total_rows, kv_tokens)
+        room = (capacity_rows, total_rows, kv_tokens, total_kv_tokens)
+        rules = (int(may_preempt), self._settings.urgent_slack_ms, self._settings.batch_kv_threshold)
         try:
-            reply = await self._run(scripts.CLAIM, worker, self._settings.lease_ttl_ms, nonce, quoted(pool), *room)
+            reply = await self._run(
+                scripts.CLAIM, worker, self._settings.lease_ttl_ms, nonce, quoted(pool), *room, *rules
+            )
         except BaseException:
             self._unanswered[worker] = nonce
             raise
-        return [claimed_job(row) for row in reply]
+        rows, preempt = reply
+        return Claimed(tuple(claimed_job(row) for row in rows), tuple(job_id.decode() for job_id in preempt))
 
-    async def wait_for_work(self, pool: str, timeout_s: float) -> None:
-        """Returns when the pool's bell rings for this caller (each ring wakes one), or after `timeout_s` (≤ 10 s)."""
+    async def wait_for_work(self, pool: str, timeout_s: float, *, full: bool = False) -> None:
+        """Returns when the pool's bell rings for this caller (each ring wakes one), or after `timeout_s` (≤ 10 s).
+
+        `full`: the caller has no room, but batch work to hand back; it hears of higher work only.
+        """
         if self._blocking is None:
             self._blocking = connect(self._settings, "blocking")
-        call = self._blocking.bzpopmin(self.keys.bell(pool), min(timeout_s, 9.0))
+        bell = self.keys.of("alarm" if full else "bell", quoted(pool))
+        if full:
+            await self._command("SET", self.keys.of("full", quoted(pool)), "1", "PX", FULL_MS)
+        call = self._blocking.bzpopmin(bell, min(timeout_s, 9.0))
         await scripts.available(call, "wait_for_work")
 
     async def emit(self, worker: str, events: Sequence[tuple[str, EventId, bytes]]) -> EmitResult:
@@ -141,9 +163,13 @@ class JobQueue:
         )
         return reply == 1
 
-    async def hand_back(self, worker: str, job_id: str, attempt: int) -> bool:
-        """Gives a running job back to be claimed next by anyone; counts as neither loss nor failure."""
-        return await self._run(scripts.HAND_BACK, worker, job_id, attempt, self._keep_ms, *_ENDS) == 1
+    async def hand_back(self, worker: str, job_id: str, attempt: int, *, preempted: bool = False) -> bool:
+        """Gives a running job back to be claimed next by anyone; counts as neither loss nor failure.
+
+        `preempted`: it made room for a higher class, and is the first of its own class when that is served next.
+        """
+        reply = await self._run(scripts.HAND_BACK, worker, job_id, attempt, self._keep_ms, int(preempted), *_ENDS)
+        return reply == 1
 
     async def expire_worker(self, worker: str) -> int:
         """The worker's engine died: its jobs go on elsewhere now. Returns how many it held."""
@@ -163,7 +189,7 @@ class JobQueue:
     async def cancel(self, job_id: str) -> JobState | None:
         """None: unknown. A waiting job is cancelled at once; RUNNING means that its worker was told."""
         reply = await self._run(scripts.CANCEL, job_id, self._keep_ms, *_ENDS)
-        return None if reply is None else JobState(reply.decode())
+        return _state(reply)
 
     async def release(self, ended: Sequence[tuple[str, int]], keep_ms: int) -> int:
         """The outcomes of these (job id, attempt) are in SQL: their logs, and hashes that no retry needs, go after
@@ -173,55 +199,42 @@ class JobQueue:
             return 0
         return int(await self._run(scripts.RELEASE, keep_ms, *(f"{job_id} {attempt}" for job_id, attempt in ended)))
 
-    async def known(self, job_ids: Sequence[str]) -> set[str]:
-        """Which of these have a hash: waiting, running, or ended not long ago."""
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for job_id in job_ids:
-                pipe.execute_command("EXISTS", self.keys.job(job_id))  # pyright: ignore[reportUnknownMemberType]
-            found = cast(list[int], await scripts.available(pipe.execute(), "known"))
-        return {job_id for job_id, exists in zip(job_ids, found, strict=True) if exists}
+    async def reprioritise(self, job_id: str, priority: Priority) -> JobState | None:
+        """None: unknown. A waiting job goes to its new class's tail; a running one is charged to it from now on."""
+        return _state(await self._run(scripts.REPRIORITISE, job_id, priority.value))
 
-    async def view(self, job_id: str) -> JobView | None:
-        fields = await self._command("HGETALL", self.keys.job(job_id))
-        return job_view(job_id, fields) if fields else None
+    async def pause(self, pool: str, priority: Priority | None = None) -> None:
+        """No new work of the pool (or of one class) is claimed; the queue goes on accepting it.
 
-    async def read_events(self, job_id: str, after: EventId | None, limit: int = 1000) -> list[tuple[EventId, bytes]]:
-        """The job's log after an id, oldest first; payloads as logged."""
-        start = "-" if after is None else f"({after}"
-        rows = await self._command("XRANGE", self.keys.log(job_id), start, "+", "COUNT", limit)
-        return [(EventId.parse(at), fields[b"p"]) for at, fields in rows]
+        Reclaimed work of a paused class goes on; in a pool that is paused as a whole nothing is claimed.
+        """
+        await self._hold_up(pool, _held(priority), True)
 
-    async def list_jobs(self, limit: int) -> list[JobView]:
-        """Jobs that are not terminal, newest first."""
-        ids = [name.decode() for name in await self._command("ZREVRANGE", self.keys.of("live"), 0, max(0, limit - 1))]
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for job_id in ids:
-                pipe.execute_command("HGETALL", self.keys.job(job_id))  # pyright: ignore[reportUnknownMemberType]
-            rows = cast(list[dict[bytes, bytes]], await scripts.available(pipe.execute(), "list_jobs"))
-        return [job_view(job_id, fields) for job_id, fields in zip(ids, rows, strict=True) if fields]
+    async def resume(self, pool: str, priority: Priority | None = None) -> None:
+        """Undoes the same `pause`: that of the pool does not undo that of a class."""
+        await self._hold_up(pool, _held(priority), False)
 
-    async def depths(self) -> dict[tuple[str, Priority], int]:
-        """Waiting jobs (queued and scheduled) per pool and class; what is not listed is 0."""
-        found = await self._command("HGETALL", self.keys.of("depth"))
-        depths: dict[tuple[str, Priority], int] = {}
-        for field, count in found.items():
-            pool, _, class_ = field.decode().rpartition("|")
-            depths[unquoted(pool), Priority(class_)] = int(count)
-        return depths
+    async def drain(self, pool: str, on: bool) -> None:
+        """A draining pool refuses new jobs (PoolDraining) and works off those that it has."""
+        await self._hold_up(pool, "drain", on)
 
-    async def counts(self) -> dict[str, int]:
-        """`accepted`, and one per terminal state, since the shard began."""
-        found = await self._command("HGETALL", self.keys.of("count"))
-        return {name.decode(): int(count) for name, count in found.items()}
+    async def replay(self, job_id: str) -> JobState | None:
+        """Accepts a job once more that did not succeed: same id, next attempt, all tries, a new log.
+
+        None: unknown. QUEUED: it waits (again). Any other state: it stays there, as it is alive or succeeded, or its
+        body is not kept any more. Dead letters and durable jobs keep theirs for a day. Draining does not hinder it.
+        """
+        return _state(await self._run(scripts.REPLAY, job_id, created_ms_of(job_id)))
+
+    async def discard(self, job_id: str) -> bool:
+        """Gives up what a replay would need, also the dead letter; False: there was nothing."""
+        return await self._run(scripts.DISCARD, job_id, self._keep_ms) == 1
+
+    async def _hold_up(self, pool: str, what: str, on: bool) -> None:
+        await self._run(scripts.HOLD_UP, quoted(pool), what, int(on))
 
     def _limits(self) -> tuple[int, int, int]:
         return self._keep_ms, self._settings.max_lost, self._settings.max_attempts
-
-    async def _run(self, script: scripts.Script, *args: scripts.Argument) -> Any:
-        return await script.run(self._redis, self._prefix, *args)
-
-    async def _command(self, *args: str | int) -> Any:
-        return await scripts.available(scripts.raw(self._redis)(*args), str(args[0]))
 
 
 def _accepted(job: NewJob, reply: Any) -> Enqueued:
@@ -238,8 +251,18 @@ def _accepted(job: NewJob, reply: Any) -> Enqueued:
             raise _full("Redis is short of memory", retry_ms)
         case [b"full", int(retry_ms)]:
             raise _full(f"too many {job.priority} jobs of {job.pool} wait", retry_ms)
+        case [b"draining"]:
+            raise PoolDraining(f"{job.pool} takes no new jobs, it is being drained; use another model, or retry later")
         case _:
             raise AssertionError(f"unexpected reply of enqueue: {reply!r}")
+
+
+def _state(reply: bytes | None) -> JobState | None:
+    return None if reply is None else JobState(reply.decode())
+
+
+def _held(priority: Priority | None) -> str:
+    return "*" if priority is None else priority.value
 
 
 def _from_now(at_ms: int | None) -> int:

@@ -25,6 +25,7 @@ DURABLE_KEEP_MS = 24 * 3600 * 1000  # hash and log of an ended job with a SQL ro
 COUNTER_MS = 3600 * 1000  # virtual-token counters and class passes of an idle pool
 RATE_MS = 600 * 1000
 SOLO_HOLD_MS = 30 * 1000  # how long a worker may empty itself for a job that must run alone
+FULL_MS = 12 * 1000  # a full worker says again that it listens, at least this often
 GATE_MS = 5 * 1000  # memory gate, written by every sweep
 WORKER_MS = 10 * 1000  # fleet registry: a worker that was not published for this long is gone
 CARD_MS = 60 * 1000  # fleet registry: how long a pool is still offered after its last worker
@@ -37,12 +38,15 @@ _PREFIXES = {
     "body": "b:",  # string: the encoded request
     "log": "ev:",  # stream: the job's events, ids `<attempt>-<seq>`
     "channel": "c:",  # pub/sub: the same events, live
-    "queue": "q:",  # stream <pool>:<class or lane>:<tenant>: ready jobs
+    "queue": "q:",  # stream <pool>:<class>:<tenant> or <pool>:<lane>:-: ready jobs
     "active": "act:",  # zset <pool>:<class>: tenants with ready jobs, by virtual tokens
     "counters": "vt:",  # zset <pool>:<class>: virtual tokens of tenants without ready jobs
     "passes": "pass:",  # hash <pool>: stride passes of the classes
-    "rate": "rate:",  # hash <pool>: decayed count of claims, for Retry-After
+    "rate": "rate:",  # hash <pool>: decayed count of claims per class, for Retry-After
+    "urgent": "urg:",  # zset <pool>: queued jobs with a deadline of their own (not batch), by deadline
     "bell": "bell:",  # zset <pool>: wakes exactly one idle worker
+    "alarm": "alarm:",  # zset <pool>: the bell of full workers that could give up batch work
+    "full": "full:",  # string <pool>: such a worker listens to it
     "hold": "hold:",  # string <pool>: the worker that empties itself for a solo job
     "own": "own:",  # hash <worker>: job id → attempt that it owns
     "cancels": "cx:",  # set <worker>: its jobs that somebody cancelled
@@ -56,7 +60,10 @@ _SINGLETON_NAMES = {
     "lease": "lease",
     "due": "due",
     "deadlines": "dl",
+    "scheduled": "scheduled",
     "depth": "depth",
+    "paused": "paused",
+    "epoch": "epoch",
     "live": "live",
     "count": "count",
     "sweep": "sweep",
@@ -72,10 +79,13 @@ SINGLETONS = {
     "lease": "zset worker → lease expiry; the sweep removes expired members",
     "due": "zset of scheduled jobs; promotion and every terminal move remove the member",
     "dl": "zset of queue TTLs and deadlines; every terminal move removes the member",
+    "scheduled": "hash: how many of `due` per pool and class; a field is removed at 0",
+    "paused": "hash of what an operator holds up: pool and class, pool and `*`, pool and `drain`; resuming removes it",
+    "epoch": "counter of failovers: attempts start above 1000 times it",
     "depth": "hash of waiting jobs per pool and class; a field is removed at 0",
-    "live": "zset of jobs that are not terminal, by creation; every terminal move removes the member",
+    "live": "zset of jobs that are not terminal, by the time in their ids; every terminal move removes the member",
     "count": "hash of a few fixed counters: accepted, and one per terminal state",
-    "sweep": "hash of the sweep's own clock: one field",
+    "sweep": "hash of the sweep's own clock and the server's replication id: two fields",
     "done": f"stream of outcomes for the SQL recorder; acknowledged entries are deleted, MAXLEN ~ {DONE_MAXLEN}",
     "dead": f"stream of dead letters, MAXLEN ~ {DEAD_MAXLEN}",
     "fleet": "set of worker ids; reading the registry removes those whose entry expired",

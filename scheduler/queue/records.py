@@ -65,6 +65,83 @@ class SweepResult:
     cancelled: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class QueueView:
+    """One class of one pool. `waiting` counts queued and scheduled jobs, `scheduled` those that are not due yet.
+
+    `urgent`, `resume` and `solo` are lanes of the whole pool, the same in each of its classes: jobs with a deadline
+    (they wait in their class too), reclaimed work, work that must run alone. `parked`: preempted jobs of this class.
+    `oldest_ms`: how long the first one waits for its turn, of the 256 tenants that are served next.
+    """
+
+    pool: str
+    priority: Priority
+    waiting: int
+    scheduled: int
+    running: int
+    oldest_ms: int | None
+    paused: bool
+    draining: bool
+    claims_per_s: float
+    urgent: int
+    resume: int
+    solo: int
+    parked: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A job that ran out of attempts. `entry_id` is the cursor of the listing; `replayable`: its body is kept."""
+
+    entry_id: str
+    job_id: str
+    pool: str
+    priority: Priority
+    tenant: str
+    attempt: int
+    code: str
+    message: str
+    at_ms: int
+    replayable: bool
+
+
+def queue_view(row: Sequence[bytes | int]) -> QueueView:
+    """One row of the queues script's reply."""
+    pool, class_, waiting, scheduled, running, oldest, paused, draining, claims, *lanes = row
+    urgent, resume, solo, parked = (int(size) for size in lanes)
+    return QueueView(
+        pool=unquoted(_text(pool)),
+        priority=Priority(_text(class_)),
+        waiting=int(waiting),
+        scheduled=int(scheduled),
+        running=int(running),
+        oldest_ms=None if int(oldest) < 0 else int(oldest),
+        paused=bool(paused),
+        draining=bool(draining),
+        claims_per_s=float(claims),
+        urgent=urgent,
+        resume=resume,
+        solo=solo,
+        parked=parked,
+    )
+
+
+def dead_letter(entry_id: bytes, fields: Mapping[bytes, bytes], replayable: bool) -> DeadLetter:
+    """One entry of the `dead` stream."""
+    return DeadLetter(
+        entry_id=entry_id.decode(),
+        job_id=fields[b"id"].decode(),
+        pool=unquoted(fields[b"pool"].decode()),
+        priority=Priority(fields[b"class"].decode()),
+        tenant=unquoted(fields[b"tenant"].decode()),
+        attempt=int(fields[b"attempt"]),
+        code=fields[b"code"].decode(),
+        message=fields[b"message"].decode(),
+        at_ms=int(entry_id.partition(b"-")[0]),
+        replayable=replayable,
+    )
+
+
 def claimed_job(row: Sequence[bytes | int]) -> ClaimedJob:
     """One row of the claim script's reply."""
     job_id, attempt, body, class_, tenant, rows, lost, deadline, fails = row

@@ -80,10 +80,16 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 ENQUEUE: Final = Script("enqueue", "ready")
-CLAIM: Final = Script("claim", "ready")
+CLAIM: Final = Script("claim", "ready", "starting", "choosing", "preempting")
 EMIT: Final = Script("emit")
 FINISH: Final = Script("finish", "ready", "ending")
 SWEEP: Final = Script("sweep", "ready", "ending", "reaping")
+REPRIORITISE: Final = Script("reprioritise", "ready")
+HOLD_UP: Final = Script("hold_up", "ready")
+REPLAY: Final = Script("replay", "ready", "ending")
+DISCARD: Final = Script("discard", "ready", "ending")
+LIST_JOBS: Final = Script("list_jobs")
+QUEUES: Final = Script("queues", "ready")
 RELEASE: Final = Script("release", "ready")
 CANCEL: Final = Script("cancel", "ready", "ending")
 HAND_BACK: Final = Script("hand_back", "ready", "ending")

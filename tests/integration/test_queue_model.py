@@ -78,7 +78,7 @@ class Model:
         worker = WORKERS[number % 3]
         held_before = len(self.held(worker))
         rows = 1 + number % 4
-        got = await self.queue.claim(worker, POOL, rows, 8, 10**6)
+        got = (await self.queue.claim(worker, POOL, rows, 8, 10**6)).jobs
         assert len(got) <= rows
         for claimed in got:
             job = self.jobs[claimed.id]

@@ -45,13 +45,23 @@ local function bury(id, job, now, final, keep_ms)
   seal(id, job, now, final, keep_ms)
   if body then redis.call('SET', $body .. id, body, 'PX', $dead_ms) end
   redis.call('PEXPIRE', $job .. id, $dead_ms)
-  redis.call('XADD', $dead, 'MAXLEN', '~', $dead_maxlen, '*', 'id', id, 'pool', job.pool, 'class', job.class,
-    'tenant', job.tenant, 'attempt', job.attempt, 'code', final.code, 'message', final.message)
+  local entry = redis.call('XADD', $dead, 'MAXLEN', '~', $dead_maxlen, '*', 'id', id, 'pool', job.pool,
+    'class', job.class, 'tenant', job.tenant, 'attempt', job.attempt, 'code', final.code, 'message', final.message)
+  redis.call('HSET', $job .. id, 'dead', entry)
+end
+
+-- Whether the job was a listed dead letter.
+local function forget_dead_letter(id)
+  local entry = redis.call('HGET', $job .. id, 'dead')
+  if not entry then return false end
+  redis.call('XDEL', $dead, entry)
+  redis.call('HDEL', $job .. id, 'dead')
+  return true
 end
 
 -- A job that may go on elsewhere: back to the ready streams, unless somebody ended it meanwhile.
--- `ends`: payloads and texts of cancelled and expired, as prepared by the caller.
-local function requeue(id, job, now, ends, keep_ms)
+-- `ends`: payloads and texts of cancelled and expired, as prepared by the caller; `lane`: another than make_ready's.
+local function requeue(id, job, now, ends, keep_ms, lane)
   if job.cancel then
     seal(id, job, now, ends[job.cancel], keep_ms)
     return job.cancel
@@ -61,7 +71,7 @@ local function requeue(id, job, now, ends, keep_ms)
     return 'expired'
   end
   count_depth(job, 1)
-  make_ready(id, job, now)
+  make_ready(id, job, now, lane)
   redis.call('HDEL', $job .. id, 'worker')
   return 'queued'
 end
@@ -69,9 +79,10 @@ end
 -- Terminal events that no worker writes come ready-made from the client: one (code, message, payload) per end.
 local function ends_from(first)
   local ends = {}
-  for i, state in ipairs({ 'cancelled', 'expired', 'lost' }) do
+  local states = { cancelled = 'cancelled', expired = 'expired', lost = 'failed', timeout = 'expired' }
+  for i, name in ipairs({ 'cancelled', 'expired', 'lost', 'timeout' }) do
     local at = first + (i - 1) * 3
-    ends[state] = { state = state == 'lost' and 'failed' or state, code = ARGV[at], message = ARGV[at + 1],
+    ends[name] = { state = states[name], code = ARGV[at], message = ARGV[at + 1],
       payload = ARGV[at + 2] }
   end
   return ends

@@ -16,15 +16,6 @@ if not job then
   return 0
 end
 
--- The tenant was charged a guess at the claim.
-local function settle()
-  local by = prompt + 2 * completion - job.cost
-  for _, kind in ipairs({ $active, $counters }) do
-    local key = kind .. job.pool .. ':' .. job.class
-    if redis.call('ZSCORE', key, job.tenant) then return redis.call('ZINCRBY', key, by, job.tenant) end
-  end
-end
-
 local function retry()
   job.fails = job.fails + 1
   redis.call('HSET', $job .. id, 'fails', job.fails, 'code', code, 'message', message)
@@ -33,7 +24,7 @@ local function retry()
   end
   redis.call('HSET', $job .. id, 'state', 'scheduled')
   redis.call('HDEL', $job .. id, 'worker', 'sid')
-  redis.call('ZADD', $due, now + delay, id)
+  set_due(id, job, now + delay)
   count_depth(job, 1)
 end
 
@@ -44,7 +35,7 @@ if delay >= 0 then
   return 1
 end
 redis.call('HSET', $job .. id, 'prompt', prompt, 'completion', completion, 'cached', cached)
-settle()
+credit(job, prompt + 2 * completion - job.cost)  -- the tenant was charged a guess at the claim
 local final = { state = outcome, payload = payload, code = code, message = message }
 if outcome == 'cancelled' then final = ends[job.cancel or 'cancelled'] end
 if dead then

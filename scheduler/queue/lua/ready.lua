@@ -5,6 +5,7 @@ local FIELDS = { 'state', 'pool', 'class', 'tenant', 'attempt', 'lost', 'fails',
 local NUMBERS = { attempt = true, lost = true, fails = true, cost = true, kv = true, rows = true, qttl = true,
   deadline = true, handed = true }
 local ENDED = { succeeded = true, failed = true, cancelled = true, expired = true }
+local CLASSES = { 'high', 'normal', 'low', 'batch' }
 local WEIGHT = { high = 64, normal = 16, low = 4, batch = 1 }
 
 -- The fields that decide about a job, or nil where the job is unknown.
@@ -19,17 +20,30 @@ local function load_job(id)
   return job
 end
 
-local function lane_tenant(job)
-  return WEIGHT[job.lane] and job.tenant or '-'
+local function lane_stream(pool, lane)
+  return $queue .. pool .. ':' .. lane .. ':-'
 end
 
+-- A job's lane is its class, or one of the lanes beside the classes, which know no tenants: resume, solo, urgent,
+-- parked:<class>.
 local function stream_of(job)
-  return $queue .. job.pool .. ':' .. job.lane .. ':' .. lane_tenant(job)
+  if WEIGHT[job.lane] then return $queue .. job.pool .. ':' .. job.lane .. ':' .. job.tenant end
+  return lane_stream(job.pool, job.lane)
+end
+
+local function count_in(hash, job, by)
+  local field = job.pool .. '|' .. job.class
+  if redis.call('HINCRBY', hash, field, by) <= 0 then redis.call('HDEL', hash, field) end
 end
 
 local function count_depth(job, by)
-  local field = job.pool .. '|' .. job.class
-  if redis.call('HINCRBY', $depth, field, by) <= 0 then redis.call('HDEL', $depth, field) end
+  count_in($depth, job, by)
+end
+
+-- A job waits for its time, or does so no more.
+local function set_due(id, job, at)
+  if at then redis.call('ZADD', $due, at, id) else redis.call('ZREM', $due, id) end
+  count_in($scheduled, job, at and 1 or -1)
 end
 
 -- A tenant that comes back is lifted to the least served active one, a class to the pool's virtual time:
@@ -63,27 +77,52 @@ local function deactivate(pool, class, tenant)
   end
 end
 
-local function ring(pool)
-  redis.call('ZADD', $bell .. pool, 0, 'work')
-  redis.call('PEXPIRE', $bell .. pool, $rate_ms)
+-- Adds to what a job's tenant was charged, wherever its counter is now.
+local function credit(job, tokens)
+  for _, kind in ipairs({ $active, $counters }) do
+    local key = kind .. job.pool .. ':' .. job.class
+    if redis.call('ZSCORE', key, job.tenant) then return redis.call('ZINCRBY', key, tokens, job.tenant) end
+  end
 end
 
--- Makes a job claimable: its class's queue at first, the resume lane once it was claimed, alone after two losses.
-local function make_ready(id, job, now)
-  job.lane = (job.lost >= 2 and 'solo') or (job.attempt > 0 and 'resume') or job.class
-  local stream, keep = stream_of(job), job.qttl + $slack_ms
+-- Wakes a worker with room and, where full ones hold batch work that they could give up for this class, one of them.
+local function ring(pool, class)
+  redis.call('ZADD', $bell .. pool, 0, 'work')
+  redis.call('PEXPIRE', $bell .. pool, $rate_ms)
+  if class ~= 'batch' and redis.call('EXISTS', $full .. pool) == 1 then
+    redis.call('ZADD', $alarm .. pool, 0, 'work')
+    redis.call('PEXPIRE', $alarm .. pool, $rate_ms)
+  end
+end
+
+local function append(stream, id, keep)
   if redis.call('EXISTS', stream) == 0 then redis.call('XGROUP', 'CREATE', stream, $group, '0', 'MKSTREAM') end
-  job.sid = redis.call('XADD', stream, '*', 'id', id)
+  local sid = redis.call('XADD', stream, '*', 'id', id)
   redis.call('PEXPIRE', stream, keep)
+  return sid
+end
+
+-- Makes a job claimable: its class's queue at first, the resume lane once it was claimed, alone after two losses;
+-- or the lane that the caller names.
+local function make_ready(id, job, now, lane)
+  job.lane = (job.lost >= 2 and 'solo') or lane or (job.attempt > 0 and 'resume') or job.class
+  local keep = job.qttl + $slack_ms
+  job.sid = append(stream_of(job), id, keep)
   if WEIGHT[job.lane] then
     activate(job.pool, job.lane, job.tenant)
     redis.call('PEXPIRE', $active .. job.pool .. ':' .. job.lane, keep)
   end
   redis.call('HSET', $job .. id, 'state', 'queued', 'lane', job.lane, 'sid', job.sid)
   local limit = now + job.qttl
-  if job.deadline > 0 and job.deadline < limit then limit = job.deadline end
+  if job.deadline > 0 then
+    if job.deadline < limit then limit = job.deadline end
+    if WEIGHT[job.lane] and job.class ~= 'batch' then
+      redis.call('ZADD', $urgent .. job.pool, job.deadline, id)
+      redis.call('PEXPIRE', $urgent .. job.pool, keep)
+    end
+  end
   redis.call('ZADD', $deadlines, limit, id)
-  ring(job.pool)
+  ring(job.pool, job.class)
 end
 
 -- Entry id and job id of the first entry that no worker was given, or nil.
@@ -106,11 +145,9 @@ end
 -- Takes a waiting job (queued or scheduled) out of whatever it waits in.
 local function leave_queue(id, job)
   count_depth(job, -1)
-  if job.state == 'scheduled' then
-    redis.call('ZREM', $due, id)
-    return
-  end
+  if job.state == 'scheduled' then return set_due(id, job, nil) end
   local stream = stream_of(job)
   drop_entry(stream, job.sid)
+  if job.deadline > 0 then redis.call('ZREM', $urgent .. job.pool, id) end
   if WEIGHT[job.lane] and not head(stream) then deactivate(job.pool, job.lane, job.tenant) end
 end

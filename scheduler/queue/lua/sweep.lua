@@ -10,6 +10,18 @@ if now >= before and now - before < interval * 0.7 then return false end
 redis.call('HSET', $sweep, 'at', now)
 local did = { graced = 0, workers = 0, queued = 0, dead = 0, promoted = 0, expired = 0, cancelled = 0 }
 
+-- A promoted replica may lack its master's last writes: attempts that others saw would be given again. It goes by
+-- another replication id, and remembers its master's; a server that was merely restarted does not.
+local function note_failover()
+  local info = redis.pcall('INFO', 'replication')
+  if type(info) ~= 'string' then return end
+  local name, second = string.match(info, 'master_replid:(%w+)'), string.match(info, 'second_repl_offset:(%-?%d+)')
+  local known = redis.call('HGET', $sweep, 'replid')
+  if known == name then return end
+  redis.call('HSET', $sweep, 'replid', name)
+  if known and tonumber(second) >= 0 then redis.call('INCR', $epoch) end
+end
+
 -- The sweep's own clock skipped: Redis stood still, and no worker could renew. Every lease is extended, at most once
 -- since its own renewal (the half in the score marks it), so that a slow sweeper cannot keep the dead alive.
 local function grace()
@@ -33,11 +45,13 @@ end
 
 local function promote()
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', $due, '-inf', now, 'LIMIT', 0, 256)) do
-    redis.call('ZREM', $due, id)
     local job = load_job(id)
     if job and job.state == 'scheduled' then
+      set_due(id, job, nil)
       make_ready(id, job, now)
       did.promoted = did.promoted + 1
+    else
+      redis.call('ZREM', $due, id)
     end
   end
 end
@@ -48,7 +62,7 @@ local function end_overdue()
     local job = load_job(id)
     if job and (job.state == 'queued' or job.state == 'scheduled') then
       leave_queue(id, job)
-      seal(id, job, now, ends.expired, limits.keep_ms)
+      seal(id, job, now, job.deadline > 0 and job.deadline <= now and ends.expired or ends.timeout, limits.keep_ms)
       did.expired = did.expired + 1
     elseif job and job.state == 'running' then
       redis.call('HSETNX', $job .. id, 'cancel', 'expired')
@@ -62,10 +76,9 @@ end
 local function ring_for_backlog()
   for _, field in ipairs(redis.call('HKEYS', $depth)) do
     local pool, class = string.match(field, '^(.*)|(.*)')
-    local lanes = $queue .. pool
-    if redis.call('ZCARD', $active .. pool .. ':' .. class) > 0
-      or redis.call('EXISTS', lanes .. ':resume:-', lanes .. ':solo:-') > 0 then
-      ring(pool)
+    if redis.call('EXISTS', $active .. pool .. ':' .. class, lane_stream(pool, 'resume'), lane_stream(pool, 'solo'),
+      lane_stream(pool, 'parked:' .. class)) > 0 then
+      ring(pool, class)
     end
   end
 end
@@ -86,6 +99,7 @@ local function prune_live()
   if oldest and redis.call('EXISTS', $job .. oldest) == 0 then redis.call('ZREM', $live, oldest) end
 end
 
+note_failover()
 if now - before > math.max(ttl / 2, interval * 2) then grace() end
 reap_expired()
 promote()

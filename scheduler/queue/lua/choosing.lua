@@ -1,0 +1,96 @@
+-- Who is next for a worker (`asker`, see starting.lua): lanes before classes, classes by stride, tenants by least
+-- service, FIFO inside. A found piece of work is {stream, sid, id}, with `class` and `tenant` where it is charged.
+
+-- The lanes beside the classes are mostly empty: one look at all of them.
+local function look_at_lanes(asker)
+  local pool = asker.pool
+  local keys = { resume = lane_stream(pool, 'resume'), solo = lane_stream(pool, 'solo'), urgent = $urgent .. pool,
+    paused = $paused }
+  for _, class in ipairs(CLASSES) do keys['parked:' .. class] = lane_stream(pool, 'parked:' .. class) end
+  asker.lanes, asker.paused = {}, {}
+  local names, list = {}, {}
+  for name, key in pairs(keys) do names[#names + 1], list[#list + 1] = name, key end
+  if redis.call('EXISTS', unpack(list)) == 0 then return end
+  for i, name in ipairs(names) do asker.lanes[name] = redis.call('EXISTS', list[i]) == 1 end
+  if not asker.lanes.paused then return end
+  local flags = redis.call('HMGET', $paused, pool .. '|*', pool .. '|high', pool .. '|normal', pool .. '|low',
+    pool .. '|batch')
+  asker.paused.all = flags[1]
+  for i, class in ipairs(CLASSES) do asker.paused[class] = flags[i + 1] end
+end
+
+local function in_lane(asker, lane)
+  if not asker.lanes[lane] then return nil end
+  local stream = lane_stream(asker.pool, lane)
+  local sid, id = head(stream)
+  if sid then return { stream = stream, sid = sid, id = id } end
+  asker.lanes[lane] = false
+end
+
+local function held_urgent_rows(asker)
+  local rows = 0
+  for _, id in ipairs(asker.held) do
+    local seen = redis.call('HMGET', $job .. id, 'lane', 'rows')
+    if seen[1] == 'urgent' then rows = rows + math.min(tonumber(seen[2]), asker.total_rows) end
+  end
+  return rows
+end
+
+-- The queued job whose deadline comes first, where it comes soon; at most half of a worker's rows are given this way.
+local function in_haste(asker)
+  if not asker.lanes.urgent then return nil end
+  local soon = redis.call('ZRANGEBYSCORE', $urgent .. asker.pool, '(' .. asker.now,
+    '(' .. asker.now + asker.urgent_slack, 'LIMIT', 0, 16)
+  if #soon > 0 and not asker.urgent_rows then asker.urgent_rows = held_urgent_rows(asker) end
+  for _, id in ipairs(soon) do
+    local job = load_job(id)
+    if not (job and job.state == 'queued' and WEIGHT[job.lane]) then
+      redis.call('ZREM', $urgent .. asker.pool, id)
+    elseif not asker.paused[job.class] then
+      if asker.urgent_rows + rows_of(asker, job) > math.max(1, math.floor(asker.total_rows / 2)) then return nil end
+      return { stream = stream_of(job), sid = job.sid, id = id, class = job.class, tenant = job.tenant, urgent = true }
+    end
+  end
+end
+
+-- Batch work waits while the KV cache is well used, until the other classes got a whole cache's worth ahead of it.
+local function is_held_back(asker, reached, pass)
+  if asker.total_kv <= 0 or asker.total_kv - asker.kv < asker.kv_threshold * asker.total_kv then return false end
+  return reached - pass < asker.total_kv
+end
+
+local function in_class(asker, class, tenant)
+  local parked = in_lane(asker, 'parked:' .. class)
+  if parked then return parked end
+  local stream = $queue .. asker.pool .. ':' .. class .. ':' .. tenant
+  local sid, id = head(stream)
+  return { stream = stream, sid = sid, id = id, class = class, tenant = tenant }
+end
+
+-- The class with the least pass among those that have work and may go now.
+local function by_stride(asker)
+  local seen = redis.call('HMGET', $passes .. asker.pool, 'now', 'high', 'normal', 'low', 'batch')
+  local reached, best, chosen, tenant = tonumber(seen[1] or 0), nil, nil, nil
+  for i, class in ipairs(CLASSES) do
+    local pass = tonumber(seen[i + 1] or 0)
+    if not asker.paused[class] and (not best or pass < best)
+      and not (class == 'batch' and is_held_back(asker, reached, pass)) then
+      local least = redis.call('ZRANGE', $active .. asker.pool .. ':' .. class, 0, 0)[1]
+      if least or asker.lanes['parked:' .. class] then best, chosen, tenant = pass, class, least end
+    end
+  end
+  asker.passes = { chosen = best, batch = tonumber(seen[5] or 0) }
+  return chosen, tenant
+end
+
+local function next_work(asker)
+  local work = in_lane(asker, 'resume') or in_haste(asker)
+  if work then return work end
+  while true do
+    local class, tenant = by_stride(asker)
+    if not class then return nil end
+    if tenant then return in_class(asker, class, tenant) end
+    work = in_lane(asker, 'parked:' .. class)
+    if work then return work end  -- else the parked lane is empty but for running jobs: choose anew without it
+  end
+end
