@@ -1,6 +1,7 @@
 # Installs into .venv from the lock files and runs things there. Needs make and Python 3.11+; nothing else.
 #   make up [ARGS="--port 8123 --model REF"]   install, then serve          make test [ARGS="-k name"]   run the suite
 #   make check   lint, types, layers, migrations       make bench   measure       make lock   resolve again       make clean
+#   make chaos [ARGS="--seconds 600 --seed 7"]   kill and cut everything at random, then see that no job was lost or doubled
 
 PYTHON ?= python3
 ARGS ?=
@@ -13,7 +14,7 @@ export UV_SYSTEM_CERTS ?= $(if $(wildcard /etc/ssl/certs/ca-certificates.crt /et
 INSTALL := $(UV) pip install --quiet --python $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev up test check bench lock clean
+.PHONY: help setup setup-dev up test check bench chaos lock clean
 .DELETE_ON_ERROR:
 
 help:
@@ -36,6 +37,9 @@ check: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	@exec $(BIN)/python -m benchmarks $(ARGS)
+
+chaos: $(VENV)/.installed-dev
+	@exec $(BIN)/python -m tests.chaos $(ARGS)
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
