@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-import pytest
 from redis.asyncio import Redis
 
 from scheduler.job import Claimed, JobState, Priority
@@ -173,16 +172,21 @@ async def test_batch_work_progresses_on_a_full_worker_under_a_flood(queue: JobQu
     assert done.count(Priority.NORMAL) >= 32
 
 
-@pytest.mark.parametrize("priority", [Priority.HIGH, Priority.BATCH])
-async def test_a_full_worker_hears_of_higher_work_only(
-    queue: JobQueue, lifecycle: Lifecycle, redis: Redis, priority: Priority
-) -> None:
-    async def listens() -> bool:
-        return bool(await redis.exists(queue.keys.of("full", POOL)))
-
-    waiting = asyncio.create_task(lifecycle.wait_for_work(POOL, 9.0 if priority is Priority.HIGH else 0.2, full=True))
-    await wait_until(listens)
-    await enqueue(queue, priority=priority)
+async def test_a_full_worker_is_rung_for_higher_work_only(queue: JobQueue, lifecycle: Lifecycle, redis: Redis) -> None:
+    alarm = queue.keys.of("alarm", POOL)
+    await enqueue(queue, priority=Priority.HIGH)
+    assert not await redis.exists(alarm)  # nobody listens
+    waiting = asyncio.create_task(lifecycle.wait_for_work(POOL, 9.0, full=True))
+    await wait_until(lambda: redis.exists(queue.keys.of("full", POOL)))
+    await enqueue(queue, priority=Priority.BATCH)
+    assert not waiting.done() and not await redis.exists(alarm)
+    await enqueue(queue, priority=Priority.HIGH)
     await asyncio.wait_for(waiting, 5)
     assert await redis.exists(queue.keys.bell(POOL))  # it took nobody's bell
-    await ask(redis, "DEL", queue.keys.of("alarm", POOL))
+
+
+async def test_an_alarm_that_got_lost_is_rung_again_by_the_sweep(queue: JobQueue, redis: Redis) -> None:
+    await enqueue(queue, priority=Priority.HIGH)
+    await ask(redis, "SET", queue.keys.of("full", POOL), "1", "PX", 10_000)
+    await queue.sweep()
+    assert await redis.exists(queue.keys.of("alarm", POOL))
