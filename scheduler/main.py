@@ -11,7 +11,7 @@ import functools
 import signal
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from redis.asyncio import Redis
@@ -19,21 +19,28 @@ from redis.asyncio import Redis
 from scheduler import parent_watch
 from scheduler.batch import EXPAND_BATCH
 from scheduler.batches.keeper import BatchKeeper, make_keeper
+from scheduler.db.durable_outcomes import DurableOutcomes
 from scheduler.db.files import FileStore
 from scheduler.db.jobs import JobStore
+from scheduler.db.outbox_rows import OutboxRows
 from scheduler.db.schema import migrate
 from scheduler.db.session import Database
 from scheduler.dialect import Dialect
 from scheduler.errors import CapacityError, InternalError, StartupError
 from scheduler.lifecycle import Lifecycle
 from scheduler.loops.control_plane import HOUR_S, ControlPlane
+from scheduler.loops.outcome_writer import OutcomeWriter
 from scheduler.loops.pruner import prune_finished_jobs
+from scheduler.loops.reconciler import Reconciler
 from scheduler.loops.recorder import Recorder
+from scheduler.loops.stager import Stager
 from scheduler.loops.sweeper import run_sweeper
+from scheduler.outbox import Outbox
 from scheduler.queue.connection import check_server, connect
 from scheduler.queue.done_log import DoneLog
 from scheduler.queue.fleet import Fleet
 from scheduler.queue.job_queue import JobQueue
+from scheduler.queue.outcome_reader import OutcomeReader
 from scheduler.settings import Settings, load_settings
 from scheduler.telemetry import configure, get_logger
 
@@ -82,7 +89,6 @@ async def _run_loops(
     settings: Settings, dialect: Dialect, database: Database, commands: Redis, blocking: Redis, stop: asyncio.Event
 ) -> None:
     store = JobStore(database)
-    recorder = Recorder(DoneLog(blocking, settings), store, settings)
     control = ControlPlane(settings)
     control.every(
         HOUR_S, "prune_finished_jobs", lambda: prune_finished_jobs(store, settings, _now_ms()), offset_s=PRUNE_AT_S
@@ -91,8 +97,9 @@ async def _run_loops(
     async with asyncio.TaskGroup() as group:
         until_stop = functools.partial(_until_stop, stop)
         group.create_task(until_stop("sweeper", run_sweeper(JobQueue(commands, settings), settings, stop)))
-        group.create_task(until_stop("recorder", recorder.run(stop)))
         group.create_task(until_stop("batches", batches.run(stop)))
+        for name, run in _job_loops(settings, dialect, database, commands, blocking):
+            group.create_task(until_stop(name, run(stop)))
         endless = [group.create_task(until_stop("control plane", control.run()))]
         if settings.parent_pipe is not None:
             endless.append(group.create_task(parent_watch.watch(settings.parent_pipe, stop.set)))
@@ -101,6 +108,19 @@ async def _run_loops(
         for task in endless:
             task.cancel()
     log.info("scheduler stopped")
+
+
+def _job_loops(
+    settings: Settings, dialect: Dialect, database: Database, commands: Redis, blocking: Redis
+) -> list[tuple[str, Callable[[asyncio.Event], Coroutine[Any, Any, None]]]]:
+    """What brings accepted jobs to Redis and their ends to SQL."""
+    queue, fleet = JobQueue(commands, settings), Fleet(commands, settings)
+    rows, reader = OutboxRows(database, settings.shard), OutcomeReader(commands, settings)
+    writer = OutcomeWriter(reader, DurableOutcomes(database), dialect)
+    stager = Stager(rows, Outbox(rows, Lifecycle(queue, fleet, settings)), settings)
+    recorder = Recorder(DoneLog(blocking, settings), JobStore(database), writer, queue, settings)
+    reconciler = Reconciler(rows, reader, writer, settings)
+    return [("stager", stager.run), ("recorder", recorder.run), ("reconciler", reconciler.run)]
 
 
 def _batch_keeper(

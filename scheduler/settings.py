@@ -51,6 +51,8 @@ class Settings(BaseSettings):
     urgent_slack_ms: int = Field(default=2000, ge=0)
     batch_kv_threshold: float = Field(default=0.7, gt=0, le=1)
     queue_ttl_s: int = Field(default=24 * 3600, ge=10)
+    held_jobs_cap: int = Field(default=100_000, ge=1)  # accepted jobs of one tenant that wait in SQL
+    batch_window: int = Field(default=512, ge=1)  # lines of one batch that are in the queue together
 
     # Worker and engine
     models: str = "demo"
@@ -75,6 +77,7 @@ class Settings(BaseSettings):
 
     # SQL
     finished_job_retention_days: int = Field(default=30, ge=1)
+    durable_job_retention_days: int = Field(default=30, ge=1)
 
     @field_validator("home")
     @classmethod

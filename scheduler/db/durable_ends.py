@@ -5,7 +5,7 @@ The stores of durable jobs call it inside their own transaction. A row that is d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement
@@ -15,6 +15,7 @@ from sqlmodel.ext.asyncio.session import AsyncSession
 from scheduler.db.durable_rows import Stage
 from scheduler.db.jobs import record_in
 from scheduler.db.models import DurableJob
+from scheduler.db.webhooks import WebhookEvent, add_events
 from scheduler.job import JobState, JobView, Priority
 
 
@@ -32,7 +33,7 @@ EXPIRED = End(JobState.EXPIRED, "deadline_exceeded", "The job's deadline passed 
 
 
 async def end_held(session: AsyncSession, end: End, now_ms: int, *which: ColumnElement[bool]) -> list[str]:
-    """End those of the chosen rows that are held; their ids. Lines of a batch are told of by their batch."""
+    """End those of the chosen rows that are held; their ids. Lines of a batch leave no other trace: they never ran."""
     ended = await session.exec(
         update(DurableJob)
         .where(col(DurableJob.stage) == Stage.HELD.value, *which)
@@ -81,9 +82,16 @@ async def end_held(session: AsyncSession, end: End, now_ms: int, *which: ColumnE
     return [row.id for row in rows]
 
 
-async def settle(session: AsyncSession, jobs: Sequence[JobView], webhooks: dict[str, str | None]) -> None:
-    """What follows from these ends: the rows of the finished jobs, and events for whoever wants to be told.
+async def settle(session: AsyncSession, jobs: Sequence[JobView], webhooks: Mapping[str, str | None]) -> None:
+    """What follows from these ends: rows of the finished jobs, and events for whoever wants to be told.
 
-    `webhooks`: by job id, the endpoint that the job itself named.
+    `webhooks`: by job id, the one endpoint that the job named. Lines of batches are told of by their batch.
     """
     await record_in(session, jobs)
+    await add_events(session, [_event(job, webhooks.get(job.id)) for job in jobs if job.batch_id is None])
+
+
+def _event(job: JobView, webhook_id: str | None) -> WebhookEvent:
+    # A job that is tried again may end the same way again, at another time.
+    at_ms = job.created_ms if job.finished_ms is None else job.finished_ms
+    return WebhookEvent(f"job.{job.state.value}", job.tenant, job.id, at_ms, turn=at_ms, webhook_id=webhook_id)

@@ -129,6 +129,11 @@ def view_of(row: DurableJob, *, with_answer: bool = False, with_request: bool = 
     )
 
 
+def new_view(new: NewDurable) -> DurableView:
+    """A job just accepted, with its request."""
+    return view_of(DurableJob(**values_of(new)), with_request=True)
+
+
 def values_of(new: NewDurable) -> dict[str, Any]:
     """The columns of a job that is held from now on."""
     # What waits is brought in order of this time; lines of a batch in order of their line.

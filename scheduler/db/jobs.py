@@ -18,7 +18,7 @@ from scheduler.request import Usage
 Insert = postgresql.Insert | sqlite.Insert
 
 ROWS_PER_STATEMENT = 500  # 17 columns each: below SQLite's 32,766 and PostgreSQL's 32,767 bound values
-_LENGTHS = {"pool": 255, "model": 255, "tenant": 128, "error_code": 64, "error_message": 500}
+_LENGTHS = {"pool": 255, "model": 255, "tenant": 128, "error_code": 64, "error_message": 500, "error_param": 255}
 
 
 class JobStore:
@@ -113,12 +113,12 @@ def _values(job: JobView) -> dict[str, Any]:
         "error_code": job.error_code,
         "error_message": job.error_message,
     }
-    return values | {name: _cut(values[name], length) for name, length in _LENGTHS.items()}
+    return values | {name: bounded(name, values[name]) for name in _LENGTHS.keys() & values.keys()}
 
 
-def _cut(value: str | None, length: int) -> str | None:
-    # PostgreSQL takes no NUL in text.
-    return None if value is None else value.replace("\0", "\ufffd")[:length]
+def bounded(column: str, value: str | None) -> str | None:
+    """A text as its column takes it; PostgreSQL takes no NUL."""
+    return None if value is None else value.replace("\0", "\ufffd")[: _LENGTHS[column]]
 
 
 def _view(row: FinishedJob) -> JobView:

@@ -14,17 +14,21 @@ from redis.asyncio import Redis
 from sqlalchemy import event
 from structlog.testing import capture_logs
 
+from api.dialect import HttpDialect
+from scheduler.db.durable_outcomes import DurableOutcomes
 from scheduler.db.jobs import JobStore
 from scheduler.db.schema import migrate
 from scheduler.db.session import Database
 from scheduler.job import JobState
 from scheduler.loops import recorder as recorder_module
 from scheduler.loops.control_plane import HOUR_S, ControlPlane
+from scheduler.loops.outcome_writer import OutcomeWriter
 from scheduler.loops.pruner import DAY_MS, prune_finished_jobs
 from scheduler.loops.recorder import Recorder
 from scheduler.queue.connection import connect
 from scheduler.queue.done_log import DoneLog
 from scheduler.queue.job_queue import JobQueue
+from scheduler.queue.outcome_reader import OutcomeReader
 from scheduler.settings import Settings
 from tests.conftest import wait_until
 from tests.queue_cases import claim, claim_one, enqueue, succeed
@@ -51,12 +55,17 @@ def store(database: Database) -> JobStore:
 @asynccontextmanager
 async def recording(settings: Settings, store: JobStore) -> AsyncIterator[None]:
     stop = asyncio.Event()
-    blocking = connect(settings, "blocking")
+    blocking, commands = connect(settings, "blocking"), connect(settings, "command")
+    database = Database(settings)
+    writer = OutcomeWriter(OutcomeReader(commands, settings), DurableOutcomes(database), HttpDialect())
+    recorder = Recorder(DoneLog(blocking, settings), store, writer, JobQueue(commands, settings), settings)
     async with asyncio.TaskGroup() as group:
-        group.create_task(Recorder(DoneLog(blocking, settings), store, settings).run(stop))
+        group.create_task(recorder.run(stop))
         yield
         stop.set()
+    await database.close()
     await blocking.aclose()
+    await commands.aclose()
 
 
 @pytest.fixture
