@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import httpx2
@@ -45,6 +45,36 @@ class ApiClient:
     def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         return self._json("POST", path, body)
 
+    def send(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, Any]:
+        """The status, below 400, and the JSON of an answer whose status says something."""
+        with self._translated():
+            answer = self._http.request(method, path, json=body, headers=headers)
+        if answer.status_code >= httpx2.codes.BAD_REQUEST:
+            raise _error(answer)
+        try:
+            return answer.status_code, answer.json()
+        except ValueError as error:
+            raise NotReachable(f"{self.url} answers, and not as Spillway does.") from error
+
+    def upload(self, source: BinaryIO, filename: str, purpose: str) -> Any:
+        """Store a file; it is read as it is sent."""
+        with self._translated():
+            answer = self._http.post("/v1/files", data={"purpose": purpose}, files={"file": (filename, source)})
+        if answer.status_code >= httpx2.codes.BAD_REQUEST:
+            raise _error(answer)
+        return answer.json()
+
+    def download(self, file_id: str, sink: BinaryIO) -> None:
+        """Write a stored file's bytes as they come."""
+        with self._translated(), self._http.stream("GET", f"/v1/files/{file_id}/content") as answer:
+            if answer.status_code != httpx2.codes.OK:
+                answer.read()
+                raise _error(answer)
+            for chunk in answer.iter_bytes():
+                sink.write(chunk)
+
     @contextlib.contextmanager
     def stream(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, headers: Mapping[str, str] | None = None
@@ -57,14 +87,7 @@ class ApiClient:
             yield read_events(answer.iter_lines())
 
     def _json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        with self._translated():
-            answer = self._http.request(method, path, json=body)
-        if answer.status_code >= httpx2.codes.BAD_REQUEST:
-            raise _error(answer)
-        try:
-            return answer.json()
-        except ValueError as error:
-            raise NotReachable(f"{self.url} answers, and not as Spillway does.") from error
+        return self.send(method, path, body)[1]
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:

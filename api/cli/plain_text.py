@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from datetime import datetime
 
 from rich.console import Console
 
@@ -27,3 +28,10 @@ def wide_console() -> Console:
     """A console for tables; in a pipe nothing is cut off."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=_PIPE_COLUMNS)
+
+
+def day_of(moment_s: int | None) -> str:
+    """A Unix time as people here read it."""
+    if moment_s is None:
+        return "–"
+    return datetime.fromtimestamp(moment_s).astimezone().strftime("%Y-%m-%d %H:%M")

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from api.auth import Principal, require_principal
 from api.body import read_body
+from api.named_webhook import named_webhook
 from api.protocols.openai_batch import BatchCall, batch_body, parse_batch
 from api.protocols.parameters import BadParameter
 from api.responses import json_response
@@ -32,8 +33,9 @@ async def create_batch(request: Request, caller: Caller) -> Response:
     body = await read_body(request, services.settings.max_body_bytes)
     call = parse_batch(body, services.dialect.endpoints)
     await _check_file(services, caller, call.input_file_id)
+    webhook_id = await named_webhook(services, caller, call.webhook)
     now_ms = int(time.time() * 1000)
-    batch = await services.batches.create(_new_batch(caller.tenant, call, now_ms), now_ms)
+    batch = await services.batches.create(_new_batch(caller.tenant, call, webhook_id, now_ms), now_ms)
     await services.kick(EXPAND_BATCH, batch.id)
     return json_response(batch_body(batch, batch.counts))
 
@@ -109,7 +111,7 @@ async def _counts(services: Services, batch: BatchRecord) -> LineCounts:
     return LineCounts(batch.counts.total, completed, failed)
 
 
-def _new_batch(tenant: str, call: BatchCall, now_ms: int) -> NewBatch:
+def _new_batch(tenant: str, call: BatchCall, webhook_id: str | None, now_ms: int) -> NewBatch:
     return NewBatch(
         tenant=tenant,
         endpoint=call.endpoint,
@@ -118,4 +120,5 @@ def _new_batch(tenant: str, call: BatchCall, now_ms: int) -> NewBatch:
         expires_ms=now_ms + call.window_ms,
         output_expires_after_s=call.output_expires_after_s,
         metadata=call.metadata,
+        webhook_id=webhook_id,
     )
