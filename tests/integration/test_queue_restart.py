@@ -20,7 +20,7 @@ from scheduler.queue.token_bus import TokenBus
 from scheduler.settings import Settings
 from scheduler.tokens import Delta, EventId
 from tests.conftest import SHARD, wait_until
-from tests.queue_cases import WORKER, claim_one, delta, enqueue, state_of, succeed
+from tests.queue_cases import POOL, WORKER, ask, claim_one, delta, enqueue, state_of, succeed
 
 
 @pytest.fixture
@@ -90,4 +90,25 @@ async def test_a_server_that_stood_still_past_the_lease_loses_no_worker(server: 
     result = await sweeping
     assert result.graced == 1 and result.workers == 0
     assert not (await queue.emit(WORKER, [(job.id, EventId(1, 1), delta("a"))])).fenced
+    await client.aclose()
+
+
+async def test_a_server_that_becomes_a_replica_is_an_outage_and_no_crash(server: EmbeddedRedis) -> None:
+    settings = Settings(redis_url=server.url, shard=SHARD)
+    client = connect(settings, "command")
+    queue = JobQueue(client, settings)
+    waiting = asyncio.create_task(queue.wait_for_work(POOL, 9))
+
+    async def blocked() -> bool:
+        return (await client.info("clients"))["blocked_clients"] > 0
+
+    await wait_until(blocked)
+    await ask(client, "REPLICAOF", "127.0.0.1", 1)
+    with pytest.raises(QueueUnavailable):
+        await waiting
+    with pytest.raises(QueueUnavailable):
+        await enqueue(queue)
+    await ask(client, "REPLICAOF", "NO", "ONE")
+    assert await state_of(queue, await enqueue(queue)) is JobState.QUEUED
+    await queue.aclose()
     await client.aclose()
