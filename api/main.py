@@ -21,7 +21,19 @@ from api.metrics import ApiMetrics
 from api.protocols.parameters import BadParameter
 from api.request_trace import RequestTrace
 from api.responses import problem_response
-from api.routes import admin, chat, health, jobs, models
+from api.routes import (
+    admin,
+    batches,
+    chat,
+    dead_letters,
+    files,
+    health,
+    job_events,
+    job_submission,
+    jobs,
+    models,
+    queues,
+)
 from api.services import open_services
 from scheduler import telemetry
 from scheduler.db.schema import migrate
@@ -49,7 +61,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.drain = drain
     app.add_middleware(HostGuard, settings=settings)
     app.add_middleware(RequestTrace, metrics=metrics)
-    for routes in (chat, models, jobs, admin, health):
+    native = (jobs, job_submission, job_events, admin, queues, dead_letters)
+    for routes in (chat, models, files, batches, *native, health):
         app.include_router(routes.router)
     app.add_exception_handler(SpillwayError, _answer_error)
     app.add_exception_handler(SQLAlchemyError, _answer_database_error)

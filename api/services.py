@@ -9,15 +9,25 @@ from dataclasses import dataclass
 from redis.asyncio import Redis
 
 from api.auth import Authenticator
+from api.dialect import HttpDialect
 from api.drain import Drain
 from api.metrics import ApiMetrics, Scrape
+from scheduler.acceptance import Acceptance
+from scheduler.db.batches import BatchStore
+from scheduler.db.durable import DurableStore
+from scheduler.db.files import FileStore
+from scheduler.db.job_listing import JobListing
 from scheduler.db.jobs import JobStore
 from scheduler.db.keys import KeyStore
+from scheduler.db.outbox_rows import OutboxRows
 from scheduler.db.session import Database
 from scheduler.lifecycle import Lifecycle
+from scheduler.loops.control_plane import ControlKick
+from scheduler.outbox import Outbox
 from scheduler.queue.connection import check_server, connect
 from scheduler.queue.fleet import Fleet
 from scheduler.queue.job_queue import JobQueue
+from scheduler.queue.job_views import JobViews
 from scheduler.queue.token_bus import TokenBus
 from scheduler.settings import Settings
 
@@ -36,6 +46,14 @@ class Services:
     bus: TokenBus
     database: Database
     jobs: JobStore
+    durable: DurableStore
+    acceptance: Acceptance
+    files: FileStore
+    batches: BatchStore
+    job_listing: JobListing
+    job_views: JobViews
+    dialect: HttpDialect
+    kick: ControlKick
     authenticator: Authenticator
     drain: Drain
     metrics: ApiMetrics
@@ -55,6 +73,11 @@ async def open_services(settings: Settings, metrics: ApiMetrics, drain: Drain) -
         await check_server(redis, wait_s=settings.redis_wait_s)
         queue = JobQueue(redis, settings)
         fleet = Fleet(redis, settings)
+        lifecycle = Lifecycle(queue, fleet, settings)
+        durable = DurableStore(database)
+        outbox = Outbox(OutboxRows(database, settings.shard), lifecycle)
+        kick = ControlKick(settings)
+        stack.push_async_callback(kick.aclose)
         bus = TokenBus(settings)
         await bus.start()
         stack.push_async_callback(bus.close)
@@ -63,10 +86,18 @@ async def open_services(settings: Settings, metrics: ApiMetrics, drain: Drain) -
             redis=redis,
             queue=queue,
             fleet=fleet,
-            lifecycle=Lifecycle(queue, fleet, settings),
+            lifecycle=lifecycle,
             bus=bus,
             database=database,
             jobs=JobStore(database),
+            durable=durable,
+            acceptance=Acceptance(durable, outbox, fleet, settings),
+            files=FileStore(database, settings),
+            batches=BatchStore(database),
+            job_listing=JobListing(database),
+            job_views=JobViews(redis, settings),
+            dialect=HttpDialect(),
+            kick=kick,
             authenticator=authenticator,
             drain=drain,
             metrics=metrics,

@@ -1,4 +1,4 @@
-"""`spillway jobs`: list, show, watch and cancel, over the HTTP API."""
+"""`spillway jobs`: submit, list, show, watch, result, retry, cancel and priority, over the HTTP API."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote, urlencode
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
-from api.cli.options import ApiKey, Home, Json, Url, settings_with
-from api.cli.plain_text import printable, wide_console, write_answer
-from scheduler.errors import from_code
+from api.cli.job_submission import Submission, read_past
+from api.cli.job_tables import job_details, job_table
+from api.cli.options import ApiKey, Home, Json, Model, PriorityName, Url, settings_with
+from api.cli.plain_text import wide_console, write_answer
+from scheduler.errors import JobConflict
 
 if TYPE_CHECKING:
     from api.cli.api_client import ApiClient
 
 app = typer.Typer(help="Jobs: what waits, what runs, what has ended.", invoke_without_command=True)
 JobId = Annotated[str, typer.Argument(help="The Spillway-Job header of an answer, or from the list.", metavar="ID")]
-_STYLES = {"running": "cyan", "succeeded": "green", "failed": "red", "expired": "red", "cancelled": "dim"}
-_RECONNECTS = 5
+_MOMENT_HELP = "A time, or how long ago: 2026-12-24T18:00, 2h, 1d."
 _ROOMY_COLUMNS = 100
 
 
@@ -35,51 +35,154 @@ def default(context: typer.Context, url: Url = None, api_key: ApiKey = None, hom
         list_jobs(url=url, api_key=api_key, home=home)
 
 
+@app.command()
+def submit(
+    prompt: Annotated[str | None, typer.Argument(help="What to ask; `-` or nothing: standard input.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(metavar="JSON", help="A whole chat completions body instead; `-`: standard input.")
+    ] = None,
+    model: Model = "default",
+    max_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="The longest answer.")] = None,
+    priority: PriorityName = None,
+    at: Annotated[str | None, typer.Option(metavar="TIME", help="Not before: 2026-12-24T18:00.")] = None,
+    delay: Annotated[str | None, typer.Option("--in", metavar="DURATION", help="Not before: 90s, 10m, 2h.")] = None,
+    deadline: Annotated[
+        str | None, typer.Option(metavar="TIME|DURATION", help="When it must have ended, or in how long.")
+    ] = None,
+    webhook: Annotated[
+        str | None, typer.Option(metavar="ID|URL", help="The registered endpoint that is told of the end.")
+    ] = None,
+    metadata: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Kept with the job; repeat.")] = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option("--key", metavar="KEY", help="Sent again with the same key, it is the same job.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait, and print the answer as it comes.")] = False,
+    as_json: Json = False,
+    url: Url = None,
+    api_key: ApiKey = None,
+    home: Home = None,
+) -> None:
+    """Ask for later: the job is on disk when this returns. Piped, only its id is printed."""
+    wanted = Submission(
+        prompt, file, model, max_tokens, priority, at, delay, deadline, webhook, [] if metadata is None else metadata
+    ).body()
+    headers = {} if idempotency_key is None else {"idempotency-key": idempotency_key}
+    with _client(url, api_key, home) as client:
+        _, job = client.send("POST", "/v1/jobs", wanted, headers)
+        if wait:
+            _wait(client, job["id"], as_json=as_json)
+        elif as_json:
+            typer.echo(json.dumps(job))
+        elif sys.stdout.isatty():
+            typer.echo(f"Accepted {job['id']} ({job['state']}). Follow it: spillway jobs watch {job['id']}")
+        else:
+            typer.echo(job["id"])
+
+
 @app.command("list")
 def list_jobs(
     limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many.")] = 20,
+    state: Annotated[str | None, typer.Option(metavar="STATE,…", help="queued, running, failed, …")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Of this model.")] = None,
+    priority: PriorityName = None,
+    batch: Annotated[str | None, typer.Option(metavar="ID", help="Lines of this batch.")] = None,
+    schedule: Annotated[str | None, typer.Option(metavar="ID", help="Turns of this schedule.")] = None,
+    made_since: Annotated[str | None, typer.Option("--since", metavar="TIME", help=_MOMENT_HELP)] = None,
+    made_until: Annotated[str | None, typer.Option("--until", metavar="TIME", help=_MOMENT_HELP)] = None,
+    after: Annotated[str | None, typer.Option(metavar="ID", help="The page behind this job.")] = None,
     as_json: Json = False,
     url: Url = None,
     api_key: ApiKey = None,
     home: Home = None,
 ) -> None:
     """The newest jobs: waiting, running and finished."""
+    wanted = {
+        "limit": str(limit),
+        "state": state,
+        "model": model,
+        "priority": priority,
+        "batch_id": batch,
+        "schedule_id": schedule,
+        "created_after": None if made_since is None else read_past("--since", made_since),
+        "created_before": None if made_until is None else read_past("--until", made_until),
+        "after": after,
+    }
+    query = urlencode({name: value for name, value in wanted.items() if value is not None})
     with _client(url, api_key, home) as client:
-        found = client.get(f"/v1/jobs?limit={limit}")["data"]
+        page = client.get(f"/v1/jobs?{query}")
     if as_json:
-        typer.echo(json.dumps(found))
-    elif not found:
-        typer.echo("No jobs yet.")
+        typer.echo(json.dumps(page["data"]))
+    elif not page["data"]:
+        typer.echo("No jobs yet." if query == f"limit={limit}" else "No such jobs.")
     else:
         console = wide_console()
-        console.print(_table(found, with_priority=console.width >= _ROOMY_COLUMNS))
+        console.print(job_table(page["data"], with_priority=console.width >= _ROOMY_COLUMNS))
+        if page["has_more"] and console.is_terminal:
+            console.print(f"More: --after {page['last_id']}", style="dim")
 
 
 @app.command()
 def show(job: JobId, as_json: Json = False, url: Url = None, api_key: ApiKey = None, home: Home = None) -> None:
     """One job: its state, attempts, timings and usage."""
     with _client(url, api_key, home) as client:
-        found = client.get(f"/v1/jobs/{job}")
+        found = client.get(_path(job))
     if as_json:
         typer.echo(json.dumps(found))
     else:
-        wide_console().print(_details(found))
+        wide_console().print(job_details(found))
+
+
+@app.command()
+def result(
+    job: JobId,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for it.")] = False,
+    as_json: Json = False,
+    url: Url = None,
+    api_key: ApiKey = None,
+    home: Home = None,
+) -> None:
+    """The answer of a job that has succeeded. Exit status 1: it failed, or has not ended."""
+    with _client(url, api_key, home) as client:
+        _show_result(_result(client, job, wait=wait), as_json=as_json)
 
 
 @app.command()
 def cancel(job: JobId, url: Url = None, api_key: ApiKey = None, home: Home = None) -> None:
     """Cancel a job: at once where it waits, within two decode steps where it runs."""
     with _client(url, api_key, home) as client:
-        found = client.post(f"/v1/jobs/{job}/cancel")
+        found = client.post(f"{_path(job)}/cancel")
     typer.echo(f"Cancelled {found['id']}.")
+
+
+@app.command()
+def retry(job: JobId, url: Url = None, api_key: ApiKey = None, home: Home = None) -> None:
+    """Try a job again that failed, expired or was cancelled."""
+    with _client(url, api_key, home) as client:
+        found = client.post(f"{_path(job)}/retry")
+    typer.echo(f"{found['id']} is {found['state']} again.")
+
+
+@app.command("priority")
+def change_priority(
+    job: JobId,
+    to: Annotated[str, typer.Argument(metavar="high|normal|low|batch", help="Its new class.")],
+    url: Url = None,
+    api_key: ApiKey = None,
+    home: Home = None,
+) -> None:
+    """Give a job that waits or runs another priority."""
+    with _client(url, api_key, home) as client:
+        _, found = client.send("PATCH", _path(job), {"priority": to})
+    typer.echo(f"{found['id']} has priority {found['priority']}.")
 
 
 @app.command()
 def watch(job: JobId, url: Url = None, api_key: ApiKey = None, home: Home = None) -> None:
     """Follow a job from its first token to its end, through broken connections too."""
+    from api.cli.job_stream import print_answer
+
     with _client(url, api_key, home) as client:
-        for name, event in _events(client, job):
-            _show_event(name, event)
+        print_answer(client, quote(job, safe=""))
 
 
 @contextlib.contextmanager
@@ -93,95 +196,41 @@ def _client(url: str | None, api_key: str | None, home: Any) -> Iterator[ApiClie
         client.close()
 
 
-def _events(client: ApiClient, job: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """All events of a job; a broken connection is taken up again behind the last event that came."""
-    from api.cli.api_client import NotReachable
-
-    seen: str | None = None
-    failures = 0
-    while failures <= _RECONNECTS:
-        headers = {} if seen is None else {"last-event-id": seen}
-        try:
-            with client.stream("GET", f"/v1/jobs/{job}/events", headers=headers) as events:
-                for event in events:
-                    seen, failures = event.id, 0
-                    yield event.event, json.loads(event.data)
-                    if event.event in {"finished", "failed"}:
-                        return
-        except NotReachable:
-            if seen is None or failures == _RECONNECTS:
-                raise
-        failures += 1
-        time.sleep(0.2 * failures)
-    raise NotReachable(f"The events of {job} stopped before its end; `spillway jobs show {job}` says how it is.")
+def _path(job: str) -> str:
+    return f"/v1/jobs/{quote(job, safe='')}"
 
 
-def _show_event(name: str, event: dict[str, Any]) -> None:
-    match name:
-        case "delta":
-            for choice in event["choices"]:
-                write_answer(choice["text"])
-        case "finished":
-            sys.stdout.write("\n")
-        case "failed":
-            sys.stdout.write("\n")
-            raise from_code(event["error"]["code"], event["error"]["message"])
-        case _:
-            return
+def _wait(client: ApiClient, job: str, *, as_json: bool) -> None:
+    from api.cli.job_stream import print_answer
+
+    typer.echo(f"Accepted {job}.", err=True)
+    if as_json:
+        _show_result(_result(client, job, wait=True), as_json=True)
+    else:
+        print_answer(client, job)
 
 
-def _table(jobs: list[dict[str, Any]], *, with_priority: bool) -> Table:
-    table = Table("job", "state", "model", "age", "tokens", "took", box=None, header_style="dim", pad_edge=False)
-    for column in table.columns:
-        column.no_wrap = True
-    if with_priority:
-        table.add_column("priority")
-    for job in jobs:
-        state = Text(job["state"], _STYLES.get(job["state"], ""))
-        usage = job["usage"] or {}
-        took = _duration(job["timings"]["total_ms"])
-        tokens = str(usage.get("completion_tokens", "–"))
-        age = _duration(time.time() * 1000 - job["created_ms"])
-        table.add_row(job["id"], state, job["model"], age, tokens, took, *([job["priority"]] if with_priority else []))
-    return table
+def _result(client: ApiClient, job: str, *, wait: bool) -> Any:
+    """The body that the job's endpoint would have sent. Raises its error, or JobConflict where it has not ended."""
+    from api.cli.job_stream import follow
+
+    if wait:
+        for _ in follow(client, quote(job, safe="")):
+            pass
+    pauses_s = [0.2, 0.5, 1.0] if wait else []  # the last event comes just before the end is known everywhere
+    while True:
+        status, body = client.send("GET", f"{_path(job)}/result")
+        if status == 200:
+            return body
+        if not pauses_s:
+            raise JobConflict(f"{body['id']} is {body['state']}; wait for it with --wait.")
+        time.sleep(pauses_s.pop(0))
 
 
-def _details(job: dict[str, Any]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim")
-    usage, timings = job["usage"] or {}, job["timings"]
-    rows: list[tuple[str, Any]] = [
-        ("job", job["id"]),
-        ("state", Text(job["state"], _STYLES.get(job["state"], ""))),
-        ("model", job["model"]),
-        ("priority", job["priority"]),
-        ("tenant", job["tenant"]),
-        ("created", _moment(job["created_ms"])),
-        ("waited", _duration(timings["queued_ms"])),
-        ("first token", _duration(timings["first_token_ms"])),
-        ("took", _duration(timings["total_ms"])),
-    ]
-    rows += [(f"attempt {attempt['attempt']}", attempt["worker"]) for attempt in job["attempts"]]
-    if usage:
-        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-        rows.append(("tokens", f"{usage['prompt_tokens']} in ({cached} cached), {usage['completion_tokens']} out"))
-    if job["error"] is not None:
-        rows.append(("error", Text(f"{job['error']['code']}: {printable(job['error']['message'] or '')}", "red")))
-    for name, value in rows:
-        table.add_row(name, value)
-    return table
-
-
-def _moment(moment_ms: int) -> str:
-    return datetime.fromtimestamp(moment_ms / 1000).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _duration(ms: float | None) -> str:
-    if ms is None:
-        return "–"
-    seconds = ms / 1000
-    if seconds < 1:
-        return f"{ms:.0f} ms"
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+def _show_result(body: Any, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(body))
+        return
+    for choice in body["choices"]:
+        write_answer(choice["message"]["content"] or "")
+        sys.stdout.write("\n")

@@ -40,6 +40,9 @@ Url = Annotated[
 ApiKey = Annotated[
     str | None, typer.Option(metavar="KEY", help="A key, where one is needed. (default: $SPILLWAY_API_KEY)")
 ]
+PriorityName = Annotated[
+    Literal["high", "normal", "low", "batch"] | None, typer.Option(metavar="CLASS", help="high, normal, low or batch.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

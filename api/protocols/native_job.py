@@ -58,7 +58,7 @@ class JobCall:
 
 def parse_job(body: bytes, now_ms: int) -> JobCall:
     """The submission in `body`; its inference body is for the Dialect to read. Raises BadParameter."""
-    wire = _decode(body, WireJob)
+    wire = decode_strict(body, WireJob)
     not_before_ms = _read_moment("not_before", wire.not_before, "delay_ms", wire.delay_ms, now_ms)
     deadline_ms = _read_moment("deadline", wire.deadline, "deadline_ms", wire.deadline_ms, now_ms)
     _check_order(not_before_ms, deadline_ms, now_ms, "deadline" if wire.deadline_ms is None else "deadline_ms")
@@ -77,7 +77,7 @@ def parse_job(body: bytes, now_ms: int) -> JobCall:
 
 def parse_change(body: bytes) -> Priority:
     """The new priority that a PATCH asks for. Raises BadParameter."""
-    return read_priority_name(_decode(body, WireChange).priority)
+    return read_priority_name(decode_strict(body, WireChange).priority)
 
 
 def read_priority_name(name: str) -> Priority:
@@ -106,7 +106,8 @@ def read_metadata(metadata: dict[str, str] | None) -> dict[str, str]:
     return metadata
 
 
-def _decode(body: bytes, kind: type[Any]) -> Any:
+def decode_strict(body: bytes, kind: type[Any]) -> Any:
+    """A body whose every member is known to `kind`; raises BadParameter with the nearest name."""
     known: tuple[str, ...] = kind.__struct_fields__
     for name in decode_fields(body):
         if name not in known:
@@ -140,13 +141,14 @@ def _read_moment(name: str, moment: Moment | None, delay_name: str, delay_ms: in
         return now_ms + delay_ms
     if moment is None:
         return None
-    at_ms = _unix_ms(name, moment)
+    at_ms = unix_ms(name, moment)
     if at_ms - now_ms > MAX_AHEAD_MS:
         raise _bad_moment(name, "it lies more than a year ahead")
     return at_ms
 
 
-def _unix_ms(name: str, moment: Moment) -> int:
+def unix_ms(name: str, moment: Moment) -> int:
+    """A point in time that is given as Unix seconds or as ISO 8601 with an offset."""
     if isinstance(moment, str):
         try:
             at = datetime.fromisoformat(moment.strip())

@@ -11,13 +11,17 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request, Response
 from starlette.types import Receive, Scope, Send
 
+from api.async_answer import answer_asynchronously
 from api.auth import Principal, require_principal
 from api.body import read_body
+from api.dialect import CHAT
 from api.errors import openai_stream_error, problem_of
 from api.job_feed import JobFeed, Order, VisibleEvent, error_of, open_feed
+from api.job_order import AsyncOrder
 from api.protocols.openai_chat import TIER_OF_PRIORITY, ChatCall, parse_chat
 from api.protocols.openai_chat_answer import DONE, ChunkEncoder, CompletionBuilder, CompletionHead
-from api.request_headers import body_digest, read_deadline, read_idempotency_key, read_priority
+from api.protocols.parameters import BadParameter
+from api.request_headers import body_digest, read_deadline, read_idempotency_key, read_prefer, read_priority
 from api.services import Services
 from api.sse import KEEP_ALIVE, EventStream, while_connected
 from scheduler.errors import InternalError, SpillwayError
@@ -28,17 +32,20 @@ router = APIRouter()
 log = get_logger(__name__)
 
 
-@router.post("/v1/chat/completions")
+@router.post(CHAT)
 async def create_chat_completion(
     request: Request, principal: Annotated[Principal, Depends(require_principal)]
 ) -> Response:
-    """OpenAI's chat completions, streamed or whole."""
+    """OpenAI's chat completions, streamed, whole, or for later (`Prefer: respond-async`)."""
     services: Services = request.app.state.services
     body = await read_body(request, services.settings.max_body_bytes)
     call = parse_chat(body, fallback_seed=secrets.randbits(63))
     if call.ignored:
         log.info("ignored unknown request fields", fields=list(call.ignored))
     order = _order(request, principal, call, body)
+    preference = read_prefer(request.headers)
+    if preference is not None:
+        return await answer_asynchronously(request, _async_order(order, call), preference)
     if call.stream:
         return ChatStream(services, call, order)
     async with open_feed(services, order) as feed:
@@ -125,6 +132,24 @@ def _order(request: Request, principal: Principal, call: ChatCall, body: bytes) 
         deadline_ms=read_deadline(request.headers, now_ms=int(time.time() * 1000)),
         idempotency_key=key,
         body_digest="" if key is None else body_digest(body),
+    )
+
+
+def _async_order(order: Order, call: ChatCall) -> AsyncOrder:
+    if call.stream:
+        raise BadParameter(
+            "An asynchronous answer is no stream; leave 'stream' out, or 'Prefer: respond-async'.",
+            param="stream",
+            reason="invalid_value",
+        )
+    return AsyncOrder(
+        endpoint=CHAT,
+        request=order.request,
+        tenant=order.tenant,
+        priority=order.priority,
+        deadline_ms=order.deadline_ms,
+        idempotency_key=order.idempotency_key,
+        body_digest=order.body_digest,
     )
 
 
