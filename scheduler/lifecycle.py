@@ -133,8 +133,18 @@ class Lifecycle:
 
     async def complete(self, worker: str, job: ClaimedJob, usage: Usage) -> bool:
         """The job has its answer. False: it was not this worker's any more."""
-        outcome = Outcome(JobState.SUCCEEDED, encode_event(Finished(usage)), usage)
-        return await self._queue.finish(worker, job.id, job.attempt, outcome)
+        return await self._queue.finish(worker, job.id, job.attempt, self.success(usage))
+
+    async def end(self, worker: str, endings: Sequence[tuple[ClaimedJob, Outcome]]) -> None:
+        """Several attempts end, by `success` or `failure`, in one round trip; those of other workers stay as they are.
+
+        After QueueUnavailable some of them may have ended: repeat them all.
+        """
+        await self._queue.finish_many(worker, [(job.id, job.attempt, outcome) for job, outcome in endings])
+
+    def success(self, usage: Usage) -> Outcome:
+        """How a job ends that has its answer."""
+        return Outcome(JobState.SUCCEEDED, encode_event(Finished(usage)), usage)
 
     async def fail(
         self,
@@ -146,15 +156,21 @@ class Lifecycle:
         usage: Usage = NO_USAGE,
     ) -> bool:
         """The attempt failed: a retry, or the job's end. False: it was not this worker's any more."""
+        outcome = self.failure(job, code, message, param, usage)
+        return await self._queue.finish(worker, job.id, job.attempt, outcome)
+
+    def failure(
+        self, job: ClaimedJob, code: str, message: str, param: str | None = None, usage: Usage = NO_USAGE
+    ) -> Outcome:
+        """How an attempt ends that failed: a retry, or the job's end."""
         decision = retry.decide(code, job.attempt, job.failures + job.lost, self._limits, self._rng)
         match decision:
             case retry.Retry(delay_ms):
-                outcome = Outcome(JobState.SCHEDULED, retry_delay_ms=delay_ms, error_code=code, error_message=message)
+                return Outcome(JobState.SCHEDULED, retry_delay_ms=delay_ms, error_code=code, error_message=message)
             case retry.GiveUp(_, exhausted):
                 state = _END_STATES.get(code, JobState.FAILED)
                 payload = encode_event(Failed(code=code, message=message, param=param))
-                outcome = Outcome(state, payload, usage, error_code=code, error_message=message, dead=exhausted)
-        return await self._queue.finish(worker, job.id, job.attempt, outcome)
+                return Outcome(state, payload, usage, error_code=code, error_message=message, dead=exhausted)
 
     async def cancelled(self, worker: str, job: ClaimedJob, usage: Usage = NO_USAGE) -> bool:
         """The worker stopped a job that emit reported as cancelled (by its client or by its deadline)."""

@@ -115,4 +115,6 @@ class Consumer:
             except QueueUnavailable:
                 await any_set(self._over, timeout_s=_BELL_RETRY_S)
                 continue
+            for want in wanted:
+                want.clear()  # the next ring is for another worker, until this one is idle again
             parts.work_rang.set()

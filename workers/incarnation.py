@@ -24,6 +24,7 @@ from scheduler.job import Claimed, ClaimedJob, Priority
 from scheduler.lifecycle import Lifecycle
 from scheduler.model_card import ModelCard
 from scheduler.queue.fleet import Fleet, WorkerView
+from scheduler.queue.records import Outcome
 from scheduler.settings import Settings
 from scheduler.telemetry import get_logger, log_context
 from workers.backend import Backend, BackendDied, Capacity, JobDone, JobError
@@ -39,6 +40,7 @@ _LOOK_AGAIN_S = 1.0
 _PREEMPTION_LOOK_S = 0.05  # until the backend's account shows the room that was made
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 0.05, 1.0
 _DRAIN_LOOK_S = 0.05
+_EARLY_S = 0.01  # a timer may fire before its time by the clock that is asked afterwards
 
 
 class Ending(enum.Enum):
@@ -78,6 +80,7 @@ class Incarnation:
         self._preemption = Preemption()
         self._ending = Ending.DRAINED
         self._heartbeat_s = parts.settings.lease_ttl_ms / 3000
+        self._heartbeat_at_s = time.monotonic() + self._heartbeat_s
 
     async def run(self) -> Ending:
         """Work until an Ending; afterwards nothing of this incarnation is left in Redis."""
@@ -95,7 +98,7 @@ class Incarnation:
     async def _claim_loop(self) -> None:
         while not self._over.is_set() and not self._parts.shutdown.draining.is_set():
             self._parts.work_rang.clear()
-            room = self._parts.backend.capacity()
+            room = self._room()
             claimed = await self._claim(room)
             for job in claimed.jobs:
                 await self._begin(job)
@@ -104,6 +107,11 @@ class Incarnation:
                 self._news.set()
             if not claimed.jobs:
                 await self._wait_for_work(room.rows > 0)
+
+    def _room(self) -> Capacity:
+        """The backend's room, but at most one more batch while Redis has not been told how the last one ended."""
+        room = self._parts.backend.capacity()
+        return Capacity(min(room.rows, 2 * self._card.max_rows - len(self._outbox)), room.kv_tokens)
 
     async def _claim(self, room: Capacity) -> Claimed:
         """What fits; a full worker asks only where it could make room."""
@@ -134,7 +142,9 @@ class Incarnation:
         elif self._holds_batch_work():
             parts.wants_higher_work.set()
         pause_s = _PREEMPTION_LOOK_S if self._preemption.settling else _LOOK_AGAIN_S
-        await any_set(parts.work_rang, self._over, parts.shutdown.draining, timeout_s=pause_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause_s):
+                await parts.work_rang.wait()
         parts.wants_work.clear()
         parts.wants_higher_work.clear()
 
@@ -170,28 +180,35 @@ class Incarnation:
     async def _wait_for_news(self) -> None:
         """Until there is something to say, or it is time for a heartbeat."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._heartbeat_s):
+            async with asyncio.timeout(max(0.0, self._heartbeat_at_s - time.monotonic())):
                 await self._news.wait()
         self._news.clear()
 
     async def _deliver(self) -> None:
-        """One round trip for everything that waits, then the ends of jobs that said all they had."""
+        """One round trip for all that waits to be said, one for the ends of jobs that said all they had."""
+        is_due = time.monotonic() >= self._heartbeat_at_s - _EARLY_S
+        if (self._outbox.batch() or is_due) and not await self._emit():
+            return
+        await self._finish(self._outbox.ended())
+        for job_id in self._preemption.named:
+            await self._make_room(job_id)
+
+    async def _emit(self) -> bool:
+        """False: the lease is lost, and all jobs with it."""
         result = await self._parts.lifecycle.emit(self.id, self._outbox.batch())
+        self._heartbeat_at_s = time.monotonic() + self._heartbeat_s
         self._outbox.confirm()
         if result.lease_lost:
             _log.warning("lease lost; its jobs went to other workers", jobs=len(self._outbox))
             self._end(Ending.LEASE_LOST)
-            return
+            return False
         for job_id in result.fenced:
             job = self._outbox.get(job_id)
             if job is not None:
                 await self._drop(job)
         for job_id in result.cancelled:
             await self._cancel(job_id)
-        for job, end in self._outbox.ended():
-            await self._finish(job, end)
-        for job_id in self._preemption.named:
-            await self._make_room(job_id)
+        return True
 
     async def _make_room(self, job_id: str) -> None:
         """Hands a batch job back for higher work; what it said is in the log, so it goes on after that."""
@@ -210,17 +227,22 @@ class Incarnation:
         await self._parts.lifecycle.cancelled(self.id, job)
         await self._drop(job)
 
-    async def _finish(self, job: ClaimedJob, end: JobDone | JobError) -> None:
-        lifecycle = self._parts.lifecycle
+    async def _finish(self, ended: list[tuple[ClaimedJob, JobDone | JobError]]) -> None:
+        if not ended:
+            return
+        await self._parts.lifecycle.end(self.id, [(job, self._outcome(job, end)) for job, end in ended])
+        for job, _ in ended:
+            self._outbox.drop(job.id)
+        self._parts.work_rang.set()
+
+    def _outcome(self, job: ClaimedJob, end: JobDone | JobError) -> Outcome:
         match end:
             case JobDone():
-                await lifecycle.complete(self.id, job, end.usage)
+                return self._parts.lifecycle.success(end.usage)
             case JobError():
                 with log_context(job=job.id):
                     _log.info("job failed", code=end.code, reason=end.message, attempt=job.attempt)
-                await lifecycle.fail(self.id, job, end.code, end.message, end.param)
-        self._outbox.drop(job.id)
-        self._parts.work_rang.set()
+                return self._parts.lifecycle.failure(job, end.code, end.message, end.param)
 
     async def _drop(self, job: ClaimedJob) -> None:
         """Stop computing a job and forget it; its rows are free for other work."""
@@ -261,6 +283,7 @@ class Incarnation:
         shutdown = self._parts.shutdown
         while not await any_set(self._over, shutdown.draining, timeout_s=60.0):
             pass
+        self._parts.work_rang.set()  # the claim loop looks whether it shall go on
         until = time.monotonic() + self._parts.settings.drain_s
         while len(self._outbox) and time.monotonic() < until:
             if await any_set(self._over, shutdown.now, timeout_s=_DRAIN_LOOK_S):
@@ -271,6 +294,7 @@ class Incarnation:
             self._ending = ending
             self._over.set()
             self._news.set()
+            self._parts.work_rang.set()
 
     async def _give_up_jobs(self) -> None:
         try:

@@ -6,6 +6,7 @@ claim asks the same again, instead of leaving jobs with a worker that does not k
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from scheduler.errors import IdempotencyMismatch, PoolDraining, QueueFull, QueueUnavailable
+from scheduler.errors import IdempotencyMismatch, PoolDraining, QueueFull, QueueUnavailable, SpillwayError
 from scheduler.job import Claimed, JobState, NewJob, Priority, created_ms_of
 from scheduler.queue import scripts
 from scheduler.queue.connection import connect
@@ -90,6 +91,11 @@ class JobQueue(QueueReader):
             raise
         return _accepted(job, reply)
 
+    async def enqueue_many(self, jobs: Sequence[NewJob]) -> list[Enqueued | SpillwayError]:
+        """`enqueue` for several in one round trip; each is accepted or refused on its own, refusals are returned."""
+        replies = await asyncio.gather(*(self.enqueue(job) for job in jobs), return_exceptions=True)
+        return [reply if isinstance(reply, Enqueued) else _refusal(reply) for reply in replies]
+
     async def claim(
         self,
         worker: str,
@@ -162,6 +168,18 @@ class JobQueue(QueueReader):
             *_ENDS,
         )
         return reply == 1
+
+    async def finish_many(self, worker: str, endings: Sequence[tuple[str, int, Outcome]]) -> list[bool]:
+        """`finish` for several (job id, attempt, outcome) in one round trip; each is fenced on its own.
+
+        After an error some of them may stand already: repeat them all.
+        """
+        calls = (self.finish(worker, *ending) for ending in endings)
+        replies = await asyncio.gather(*calls, return_exceptions=True)
+        for reply in replies:
+            if isinstance(reply, BaseException):
+                raise reply
+        return [reply is True for reply in replies]
 
     async def hand_back(self, worker: str, job_id: str, attempt: int, *, preempted: bool = False) -> bool:
         """Gives a running job back to be claimed next by anyone; counts as neither loss nor failure.
@@ -263,6 +281,12 @@ def _state(reply: bytes | None) -> JobState | None:
 
 def _held(priority: Priority | None) -> str:
     return "*" if priority is None else priority.value
+
+
+def _refusal(error: BaseException) -> SpillwayError:
+    if not isinstance(error, SpillwayError):
+        raise error
+    return error
 
 
 def _from_now(at_ms: int | None) -> int:

@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 from scheduler.job import JobState, JobView, Priority, created_ms_of
 from scheduler.queue import scripts
 from scheduler.queue.keys import Keys, quoted, unquoted
+from scheduler.queue.pipelining import Pipelined
 from scheduler.queue.records import DeadLetter, QueueView, dead_letter, job_view, queue_view
 from scheduler.settings import Settings
 from scheduler.tokens import EventId
@@ -23,6 +24,7 @@ class QueueReader:
 
     def __init__(self, redis: Redis, settings: Settings) -> None:
         self._redis = redis
+        self._calls = Pipelined(redis)
         self.keys = Keys(settings.shard)
         self._prefix = self.keys.prefix
 
@@ -110,7 +112,7 @@ class QueueReader:
         return [dead_letter(at, fields, bool(kept)) for (at, fields), kept in zip(entries, bodies, strict=True)]
 
     async def _run(self, script: scripts.Script, *args: scripts.Argument) -> Any:
-        return await script.run(self._redis, self._prefix, *args)
+        return await self._calls.run(script, self._prefix, *args)
 
     async def _command(self, *args: str | int) -> Any:
         return await scripts.available(scripts.raw(self._redis)(*args), str(args[0]))
