@@ -35,6 +35,7 @@ from scheduler.loops.reconciler import Reconciler
 from scheduler.loops.recorder import Recorder
 from scheduler.loops.stager import Stager
 from scheduler.loops.sweeper import run_sweeper
+from scheduler.loops.webhook_jobs import webhook_jobs
 from scheduler.outbox import Outbox
 from scheduler.queue.connection import check_server, connect
 from scheduler.queue.done_log import DoneLog
@@ -94,7 +95,7 @@ async def _run_loops(
         HOUR_S, "prune_finished_jobs", lambda: prune_finished_jobs(store, settings, _now_ms()), offset_s=PRUNE_AT_S
     )
     batches = _batch_keeper(control, settings, dialect, database, commands)
-    async with asyncio.TaskGroup() as group:
+    async with webhook_jobs(control, settings, database), asyncio.TaskGroup() as group:
         until_stop = functools.partial(_until_stop, stop)
         group.create_task(until_stop("sweeper", run_sweeper(JobQueue(commands, settings), settings, stop)))
         group.create_task(until_stop("batches", batches.run(stop)))

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 
+from scheduler.db.jobs import insert_for
 from scheduler.db.models import WebhookDelivery, WebhookEndpoint
 
 JOB_EVENTS = ("job.succeeded", "job.failed", "job.cancelled", "job.expired")
 BATCH_EVENTS = ("batch.completed", "batch.failed", "batch.expired", "batch.cancelled")
-TEST_EVENT = "webhook.test"  # sent on demand, to whatever endpoint
+TEST_EVENT = "webhook.test"  # sent on demand, whatever the endpoint lists
 EVENT_TYPES = frozenset((*JOB_EVENTS, *BATCH_EVENTS))
 ROWS_PER_STATEMENT = 500
 
@@ -63,7 +63,8 @@ async def add_events(session: AsyncSession, events: Sequence[WebhookEvent]) -> l
     endpoints = await _enabled(session, {event.tenant for event in events})
     rows = [_delivery(event, endpoint) for event in events for endpoint in endpoints if _wants(endpoint, event)]
     for start in range(0, len(rows), ROWS_PER_STATEMENT):
-        await session.exec(_insert(session, rows[start : start + ROWS_PER_STATEMENT]))
+        some = rows[start : start + ROWS_PER_STATEMENT]
+        await session.exec(insert_for(session)(WebhookDelivery).values(some).on_conflict_do_nothing())
     return [row["id"] for row in rows]
 
 
@@ -94,11 +95,6 @@ def _delivery(event: WebhookEvent, endpoint: WebhookEndpoint) -> dict[str, Any]:
         "created_ms": event.created_ms,
         "next_ms": event.created_ms,
     }
-
-
-def _insert(session: AsyncSession, rows: list[dict[str, Any]]) -> postgresql.Insert | sqlite.Insert:
-    dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
-    return dialect.insert(WebhookDelivery).values(rows).on_conflict_do_nothing()
 
 
 def _digest(*parts: str) -> str:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC
 from types import CoroutineType
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import msgspec
 from arq.connections import ArqRedis
@@ -47,21 +47,15 @@ MINUTE_S, HOUR_S, DAY_S = 60, 3600, 86400
 log = get_logger(__name__)
 
 
-class Kick(Protocol):
-    """Asks for a named function to run soon, in whatever scheduler; never raises, may be lost or doubled."""
-
-    async def __call__(self, name: str, *args: str) -> None: ...
-
-
 class ControlKick:
-    """Kicks from a process that runs no control plane. One per process; close it."""
+    """Asks for a named function to run soon, in whatever scheduler; may be lost or doubled. Close it."""
 
     def __init__(self, settings: Settings) -> None:
         self._shard = settings.shard
         self._redis = _arq_redis(settings)
 
     async def __call__(self, name: str, *args: str) -> None:
-        """Have `name` run with `args` soon. One that already waits or runs with them stands for this one."""
+        """Never raises. A call of `name` with `args` that already waits or runs stands for this one."""
         job_id = ":".join((name, self._shard, *args))
         try:
             async with asyncio.timeout(KICK_S):
