@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 
-from scheduler.job import JobState
+from scheduler.job import JobState, Priority
+from scheduler.queue import scripts
 from scheduler.queue.connection import connect
 from scheduler.queue.job_queue import JobQueue
 from scheduler.queue.records import Outcome
@@ -16,7 +17,20 @@ from scheduler.queue.token_bus import TokenBus
 from scheduler.settings import Settings
 from scheduler.tokens import Delta, EventId
 from tests.conftest import wait_until
-from tests.queue_cases import WORKER, ask, changed, claim, claim_one, delta, emit, enqueue, log_ids, state_of, succeed
+from tests.queue_cases import (
+    POOL,
+    WORKER,
+    ask,
+    changed,
+    claim,
+    claim_one,
+    delta,
+    emit,
+    enqueue,
+    log_ids,
+    state_of,
+    succeed,
+)
 from tests.redis_proxy import RedisProxy, redis_proxy
 
 
@@ -28,9 +42,12 @@ async def proxy(redis_url: str) -> AsyncIterator[RedisProxy]:
 
 @pytest.fixture
 async def far_queue(proxy: RedisProxy, settings: Settings) -> AsyncIterator[JobQueue]:
-    """A queue that reaches Redis through the proxy, over TCP."""
+    """A queue that reaches Redis through the proxy, over TCP; no reply that gets lost is a NOSCRIPT."""
     far = changed(settings, redis_url=proxy.url)
     client = connect(far, "command")
+    for script in vars(scripts).values():
+        if isinstance(script, scripts.Script):
+            await ask(client, "SCRIPT", "LOAD", script.text)
     queue = JobQueue(client, far)
     yield queue
     await queue.aclose()
@@ -124,6 +141,35 @@ async def test_a_lost_reply_of_retire_worker_hands_back_once(
     again = await claim_one(far_queue, "w:2")
     assert (again.attempt, again.lost, again.failures) == (2, 0, 0)
     assert await claim(far_queue, "w:3") == []
+
+
+async def test_a_lost_reply_of_reprioritise_moves_and_counts_a_job_once(far_queue: JobQueue, proxy: RedisProxy) -> None:
+    job_id = await enqueue(far_queue)
+    proxy.lose_next_reply()
+    assert await far_queue.reprioritise(job_id, Priority.HIGH) is JobState.QUEUED
+    assert proxy.lost == 1 and await far_queue.depths() == {(POOL, Priority.HIGH): 1}
+    assert [job.id for job in await claim(far_queue)] == [job_id]
+
+
+async def test_a_lost_reply_of_pause_and_resume_changes_nothing_more(far_queue: JobQueue, proxy: RedisProxy) -> None:
+    job_id = await enqueue(far_queue)
+    proxy.lose_next_reply()
+    await far_queue.pause(POOL)
+    assert await claim(far_queue) == []
+    proxy.lose_next_reply()
+    await far_queue.resume(POOL)
+    assert proxy.lost == 2 and [job.id for job in await claim(far_queue)] == [job_id]
+
+
+async def test_a_lost_reply_of_replay_queues_a_dead_letter_once(far_queue: JobQueue, proxy: RedisProxy) -> None:
+    job_id = await enqueue(far_queue)
+    job = await claim_one(far_queue)
+    dead = Outcome(JobState.FAILED, b"", error_code="engine_failure", error_message="x", dead=True)
+    assert await far_queue.finish(WORKER, job_id, job.attempt, dead)
+    proxy.lose_next_reply()
+    assert await far_queue.replay(job_id) is JobState.QUEUED
+    assert proxy.lost == 1 and sum((await far_queue.depths()).values()) == 1
+    assert [(job.id, job.attempt) for job in await claim(far_queue)] == [(job_id, 2)]
 
 
 async def test_a_relay_over_a_line_that_keeps_breaking_shows_everything_once(
