@@ -12,8 +12,6 @@ import signal
 import sys
 from collections.abc import Sequence
 
-import uvloop
-
 from scheduler.errors import StartupError
 from scheduler.lifecycle import Lifecycle
 from scheduler.loops.sweeper import run_sweeper
@@ -42,7 +40,7 @@ def main() -> int:
     configure(settings, "worker")
     refs: Sequence[str] = arguments.model or settings.model_refs
     try:
-        uvloop.run(serve(refs, settings))
+        asyncio.run(serve(refs, settings))
     except StartupError as error:
         _log.critical(error.message)
         return EXIT_CANNOT_RUN
