@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import ColumnElement, bindparam
-from sqlmodel import and_, col, or_, update
+from sqlalchemy import bindparam
+from sqlalchemy.orm import defer
+from sqlmodel import col, select, update
 from sqlmodel.ext.asyncio.session import AsyncSession
 
 from scheduler.db.durable_ends import settle
-from scheduler.db.durable_rows import DurableView, Stage, rows_of, view_of
+from scheduler.db.durable_rows import Stage
 from scheduler.db.jobs import bounded, record_in
 from scheduler.db.models import DurableJob
 from scheduler.db.session import Database
@@ -28,27 +29,50 @@ class DurableEnd:
     error_param: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What of a row decides about its end; `finished_ms` is that of its last one, also where it was opened again."""
+
+    stage: Stage
+    state: JobState
+    attempt: int
+    finished_ms: int | None
+    webhook_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a durable job was asked for."""
+
+    standing: Standing
+    endpoint: str
+    request: bytes
+    created_ms: int
+
+
 class DurableOutcomes:
     """The ends of durable jobs in one database."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def rows(self, job_ids: Sequence[str]) -> dict[str, DurableView]:
-        """These jobs with their requests, as far as they are known."""
-        wanted = rows_of(with_request=True).where(col(DurableJob.id).in_(job_ids))
+    async def asked(self, job_ids: Sequence[str]) -> dict[str, Asked]:
+        """What these jobs were asked for, as far as they are known."""
+        wanted = select(DurableJob).options(defer(cast(Any, col(DurableJob.answer))))
         async with self._database.session() as session:
-            return {row.id: view_of(row, with_request=True) for row in await session.exec(wanted)}
+            rows = await session.exec(wanted.where(col(DurableJob.id).in_(job_ids)))
+            return {row.id: _asked(row) for row in rows}
 
     async def write(self, ends: Sequence[DurableEnd]) -> list[str]:
         """Write these ends (one per job), all or none; the ids of those that were news. Safe to repeat."""
         if not ends:
             return []
         async with self._database.session() as session:
-            webhooks = await _close(session, ends)
-            news = [end for end in ends if end.job.id in webhooks]
+            rows = await _lock(session, [end.job.id for end in ends])
+            news = [end for end in ends if end.job.id in rows and is_news(rows[end.job.id], end.job)]
             if news:
                 await (await session.connection()).execute(_fill(), [_values(end) for end in news])
+                webhooks = {end.job.id: rows[end.job.id].webhook_id for end in news}
                 await settle(session, [end.job for end in news], webhooks)
             await session.commit()
         return [end.job.id for end in news]
@@ -60,41 +84,39 @@ class DurableOutcomes:
             await session.commit()
 
 
-def is_news(row: DurableView, job: JobView) -> bool:
-    """Whether this end may change this row: an open one, or one that failed and was replayed since."""
-    if row.attempt > job.attempt:
+def _asked(row: DurableJob) -> Asked:
+    standing = Standing(Stage(row.stage), JobState(row.state), row.attempt, row.finished_ms)
+    return Asked(standing, row.endpoint, row.request, row.created_ms)
+
+
+def is_news(row: Standing, job: JobView) -> bool:
+    """Whether this end may change this row: an open one, or one that failed and was replayed since.
+
+    A row that was opened again keeps the time of its old end, which must not end it once more.
+    """
+    if row.attempt > job.attempt or row.finished_ms == job.finished_ms:
         return False
     return row.stage is not Stage.DONE or (row.state is JobState.FAILED and row.attempt < job.attempt)
 
 
-async def _close(session: AsyncSession, ends: Sequence[DurableEnd]) -> dict[str, str | None]:
-    """Close the rows that these ends may change, first of all, so that no other writer is between; their webhooks."""
-    ids = col(DurableJob.id).in_([end.job.id for end in ends])
-    close = update(DurableJob).where(ids, or_(*(_may_change(end.job) for end in ends)))
-    closed = await session.exec(
-        close.values(stage=Stage.DONE.value)
-        .returning(col(DurableJob.id), col(DurableJob.webhook_id))
-        .execution_options(synchronize_session=False)
-    )
-    return {row.id: row.webhook_id for row in closed.all()}
-
-
-def _may_change(job: JobView) -> ColumnElement[bool]:
-    """As `is_news`; a row that was opened again keeps the time of its old end, which must not end it once more."""
-    state, attempt, finished_ms = col(DurableJob.state), col(DurableJob.attempt), col(DurableJob.finished_ms)
-    replayed = and_(state == JobState.FAILED.value, attempt < job.attempt)
-    return and_(
-        col(DurableJob.id) == job.id,
-        attempt <= job.attempt,
-        or_(finished_ms.is_(None), finished_ms != job.finished_ms),
-        or_(col(DurableJob.stage) != Stage.DONE.value, replayed),
-    )
+async def _lock(session: AsyncSession, job_ids: Sequence[str]) -> dict[str, Standing]:
+    """How these rows stand. They are written, unchanged, so that nobody else changes them before this ends."""
+    stage = col(DurableJob.stage)
+    columns = (col(DurableJob.id), stage, col(DurableJob.state), col(DurableJob.attempt), col(DurableJob.finished_ms))
+    lock = update(DurableJob).where(col(DurableJob.id).in_(job_ids)).values(stage=stage)
+    found = await (await session.connection()).execute(lock.returning(*columns, col(DurableJob.webhook_id)))
+    return {
+        job_id: Standing(Stage(stage), JobState(state), attempt, finished_ms, webhook_id)
+        for job_id, stage, state, attempt, finished_ms, webhook_id in found.all()
+    }
 
 
 def _fill() -> Any:
     names = ("state", "finished_ms", "attempt", "answer", "error_code", "error_message", "error_param")
     tokens = ("prompt_tokens", "completion_tokens", "cached_tokens")
-    filled: dict[str, Any] = {name: bindparam(f"new_{name}") for name in (*names, *tokens)}
+    filled: dict[str, Any] = {"stage": Stage.DONE.value} | {
+        name: bindparam(f"new_{name}") for name in (*names, *tokens)
+    }
     return update(DurableJob).where(col(DurableJob.id) == bindparam("row_id")).values(filled)
 
 

@@ -17,7 +17,6 @@ from scheduler.request import Usage
 
 Insert = postgresql.Insert | sqlite.Insert
 
-ROWS_PER_STATEMENT = 500  # 17 columns each: below SQLite's 32,766 and PostgreSQL's 32,767 bound values
 _LENGTHS = {"pool": 255, "model": 255, "tenant": 128, "error_code": 64, "error_message": 500, "error_param": 255}
 
 
@@ -67,9 +66,8 @@ class JobStore:
 async def record_in(session: AsyncSession, jobs: Sequence[JobView]) -> None:
     """The same inside a transaction of the caller's; raises ValueError where a job is not terminal."""
     rows = list({row["id"]: row for row in sorted(map(_values, jobs), key=_attempt)}.values())
-    insert = insert_for(session)
-    for start in range(0, len(rows), ROWS_PER_STATEMENT):
-        await session.exec(_upsert(insert, rows[start : start + ROWS_PER_STATEMENT]))
+    if rows:
+        await (await session.connection()).execute(_upsert(insert_for(session)), rows)
 
 
 def insert_for(session: AsyncSession) -> Callable[[type[Table]], Insert]:
@@ -77,11 +75,11 @@ def insert_for(session: AsyncSession) -> Callable[[type[Table]], Insert]:
     return postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
 
 
-def _upsert(insert_into: Callable[[type[Table]], Insert], rows: list[dict[str, Any]]) -> Insert:
-    insert = insert_into(FinishedJob).values(rows)
+def _upsert(insert_into: Callable[[type[Table]], Insert]) -> Insert:
+    insert = insert_into(FinishedJob)
     return insert.on_conflict_do_update(
         index_elements=["id"],
-        set_={name: insert.excluded[name] for name in rows[0] if name != "id"},
+        set_={name: insert.excluded[name] for name in FinishedJob.model_fields if name != "id"},
         where=col(FinishedJob.attempt) <= insert.excluded["attempt"],
     )
 

@@ -9,8 +9,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from scheduler.db.durable_outcomes import DurableEnd, DurableOutcomes, is_news
-from scheduler.db.durable_rows import DurableView
+from scheduler.db.durable_outcomes import Asked, DurableEnd, DurableOutcomes, is_news
 from scheduler.dialect import Answer, Dialect
 from scheduler.errors import InternalError
 from scheduler.job import JobState, JobView
@@ -42,12 +41,12 @@ class OutcomeWriter:
         await self._outcomes.write([_failed(job, "The answer could not be stored; send the request again.")])
 
     async def _write(self, jobs: Sequence[JobView]) -> None:
-        rows = await self._outcomes.rows([job.id for job in jobs])
+        rows = await self._outcomes.asked([job.id for job in jobs])
         unknown = [job for job in jobs if job.id not in rows]
         if unknown:
             log.warning("durable jobs ended that SQL does not know", count=len(unknown), job=unknown[0].id)
             await self._outcomes.write_without_rows(unknown)
-        news = [job for job in jobs if job.id in rows and is_news(rows[job.id], job)]
+        news = [job for job in jobs if job.id in rows and is_news(rows[job.id].standing, job)]
         if not news:
             return
         ids = [job.id for job in news]
@@ -59,14 +58,14 @@ class OutcomeWriter:
     def _ends(
         self,
         jobs: Sequence[JobView],
-        rows: Mapping[str, DurableView],
+        rows: Mapping[str, Asked],
         logs: Mapping[str, JobLog],
         standing: Mapping[str, Standing],
     ) -> list[DurableEnd]:
         ends = (self._end(job, rows[job.id], logs[job.id], standing.get(job.id)) for job in jobs)
         return [end for end in ends if end is not None]
 
-    def _end(self, job: JobView, row: DurableView, said: JobLog, now: Standing | None) -> DurableEnd | None:
+    def _end(self, job: JobView, row: Asked, said: JobLog, now: Standing | None) -> DurableEnd | None:
         """None: this end does not count any more, or nobody knows what it was; the reconciler sees to that."""
         if now is not None and now.finished_ms != job.finished_ms:
             return None  # it was replayed since
@@ -81,16 +80,14 @@ class OutcomeWriter:
         log.error("the log of a finished job is gone; its answer is lost", job=job.id)
         return _failed(job, "The answer was lost before it could be stored; send the request again.")
 
-    def _answered(self, job: JobView, row: DurableView, said: JobLog) -> DurableEnd:
+    def _answered(self, job: JobView, row: Asked, said: JobLog) -> DurableEnd:
         try:
             return DurableEnd(job, answer=self._render(job, row, said))
         except Exception:  # whatever it is, this job must not hold up the others, nor be lost
             log.exception("an answer cannot be rendered; its job is recorded as failed", job=job.id)
             return _failed(job, "The answer could not be rendered; send the request again.")
 
-    def _render(self, job: JobView, row: DurableView, said: JobLog) -> bytes:
-        if row.request is None:
-            raise InternalError("the row was read without its request")
+    def _render(self, job: JobView, row: Asked, said: JobLog) -> bytes:
         usage = Usage() if job.usage is None else job.usage
         answer = Answer(job.id, job.pool, job.priority, said.choices(), usage)
         return self._dialect.render(row.endpoint, decode_request(row.request), answer)
