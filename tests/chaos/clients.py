@@ -19,6 +19,8 @@ from tests.chaos.ledger import Entry, Ledger
 # (status, code) → why an answer may be this error without breaking a promise.
 HONEST: dict[tuple[int, str | None], str] = {
     (503, "queue_unavailable"): "Redis was away for longer than the API's patience",
+    (503, "shutting_down"): "this API was asked to end and its drain time is over",
+    (200, "shutting_down"): "the same, after the stream had begun",
 }
 # A job's own end as its client hears it → the state of its record.
 ENDS = {"cancelled": "cancelled", "deadline_exceeded": "expired", "worker_lost": "failed"}
@@ -79,19 +81,20 @@ async def converse(desk: Desk, entry: Entry, rng: random.Random, manner: Manner)
 
 
 async def _read_stream(ledger: Ledger, entry: Entry, answer: Answer, manner: Manner) -> None:
-    _note_job(ledger, entry, answer)
+    if job_id := answer.headers.get("spillway-job"):
+        note_job_id(ledger, entry, job_id)
     if answer.status != 200:
-        _take_error(ledger, entry, answer.status, await answer.json())
+        take_error(ledger, entry, answer.status, await answer.json())
         return
     text, finish_reason, seen = "", None, 0
     async for event in answer.events(manner.dawdle_s):
         seen += 1
         if event["data"] == "[DONE]":
-            _take_whole(ledger, entry, text, finish_reason)
+            take_whole(ledger, entry, text, finish_reason)
             return
         chunk = json.loads(event["data"])
         if "error" in chunk:
-            _take_error(ledger, entry, 200, chunk)
+            take_error(ledger, entry, 200, chunk)
             return
         for choice in chunk["choices"]:
             text += choice["delta"].get("content") or ""
@@ -104,25 +107,17 @@ async def _read_stream(ledger: Ledger, entry: Entry, answer: Answer, manner: Man
     raise Broken("the stream ended without [DONE]")
 
 
-def _note_job(ledger: Ledger, entry: Entry, answer: Answer) -> None:
-    job_id = answer.headers.get("spillway-job")
-    if job_id is None or job_id in entry.job_ids:
-        return
-    ledger.note(entry, f"job {job_id}, status {answer.status}")
-    entry.job_ids.append(job_id)
-    entry.known.set()
-
-
-def _take_whole(ledger: Ledger, entry: Entry, text: str, finish_reason: str | None) -> None:
+def take_whole(ledger: Ledger, entry: Entry, text: str, finish_reason: str | None) -> None:
+    """The client has its answer."""
     entry.text, entry.answered = text, True
     entry.known.set()
-    ledger.count("whole streams")
+    ledger.count("whole answers")
     expected = entry.order.expected
     if expected is not None and (text, finish_reason) != (expected.text, expected.finish_reason):
         ledger.blame(f"{len(text)} of {len(expected.text)} characters, finish reason {finish_reason}", entry)
 
 
-def _take_error(ledger: Ledger, entry: Entry, status: int, body: Any) -> None:
+def take_error(ledger: Ledger, entry: Entry, status: int, body: Any) -> None:
     """An honest error is asked again; one that is the order's own end ends it; any other is wrong."""
     error = body["error"] if isinstance(body, dict) and "error" in body else {"code": None, "message": str(body)}
     code = error.get("code")
@@ -135,6 +130,43 @@ def _take_error(ledger: Ledger, entry: Entry, status: int, body: Any) -> None:
     ledger.count(f"ends by error: {code}")
     if code not in ENDS:
         ledger.blame(f"its client was told {status} {code}: {error.get('message')}", entry)
+
+
+async def ask(
+    desk: Desk, entry: Entry, rng: random.Random, method: str, path: str, body: Any = None, key: str | None = None
+) -> tuple[int, Any]:
+    """Status and JSON; asks again, here or there, after a broken connection and an honest error. For what is safe to
+    repeat."""
+    headers = {} if key is None else {"Idempotency-Key": key}
+    while True:
+        port = desk.port(rng)
+        try:
+            async with exchange(port, method, path, body, headers) as answer:
+                status, found = answer.status, await answer.json()
+        except Broken as error:
+            desk.ledger.count("broken connections")
+            desk.ledger.note(entry, f"{method} {path} on {port}: {error}")
+        except Silent as error:
+            desk.ledger.blame(f"{method} {path}: the API on {port} was silent: {error}", entry)
+        else:
+            if (status, code_of(found)) not in HONEST:
+                return status, found
+            desk.ledger.count(f"honest errors: {status} {code_of(found)}")
+        await pause(rng)
+
+
+def code_of(body: Any) -> str | None:
+    """The code of an error's body."""
+    error = body.get("error") if isinstance(body, dict) else None
+    return error.get("code") if isinstance(error, dict) else None
+
+
+def note_job_id(ledger: Ledger, entry: Entry, job_id: str) -> None:
+    """An id that the service gave for this order."""
+    if job_id not in entry.job_ids:
+        ledger.note(entry, f"job {job_id}")
+        entry.job_ids.append(job_id)
+        entry.known.set()
 
 
 async def watch_events(desk: Desk, entry: Entry, rng: random.Random, dawdle_s: float = 0.0) -> EventCheck:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from scheduler.tokens import SEQ_STARTED, SEQ_TERMINAL, EventId
+from scheduler.tokens import (
+    SEQ_STARTED,
+    SEQ_TERMINAL,
+    Delta,
+    EventId,
+    Failed,
+    Finished,
+    Started,
+    decode_event,
+)
 from tests.chaos.ledger import Expected
 
 
@@ -73,3 +82,19 @@ class EventCheck:
                 f"ended with {len(self.token_ids)} of {len(expected.token_ids)} tokens, "
                 f"{len(self.text)} of {len(expected.text)} characters, {self.finish_reason}"
             )
+
+
+def feed_log(check: EventCheck, events: list[tuple[str, bytes]]) -> None:
+    """A job's log, ids and payloads, into the check."""
+    for at_text, payload in events:
+        at, event = EventId.parse(at_text), decode_event(payload)
+        match event:
+            case Delta():
+                for choice in event.choices:
+                    check.delta(at, list(choice.token_ids), choice.text, choice.finish_reason)
+            case Finished():
+                check.ended(at, "finished")
+            case Failed():
+                check.ended(at, event.code)
+            case Started():
+                check.started(at)

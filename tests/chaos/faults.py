@@ -23,11 +23,29 @@ KINDS: dict[str, tuple[float, float]] = {
     "kill-redis": (2, 3.0),
     "stop-worker": (3, 0.0),
     "stop-redis": (1.5, 3.0),
+    "drain-worker": (1.5, 0.0),
+    "drain-api": (1, 5.0),
+    "partition": (1.5, 3.0),
     "cut": (3, 0.0),
     "lose-reply": (3, 0.0),
     "kill-pubsub": (3, 0.0),
 }
-_GROUPS = {"kill-engine": "engine", "kill-local": "engine", "kill-redis": "redis", "stop-redis": "redis"}
+_GROUPS = {
+    "kill-engine": "engine",
+    "kill-local": "engine",
+    "kill-redis": "redis",
+    "stop-redis": "redis",
+    "partition": "redis",
+}
+# kind → the roles that may be hit, and how.
+_SIGNALS = {
+    "kill-worker": ("scripted", signal.SIGKILL),
+    "kill-local": ("local", signal.SIGKILL),
+    "kill-api": ("api", signal.SIGKILL),
+    "kill-scheduler": ("scheduler", signal.SIGKILL),
+    "drain-worker": ("scripted local", signal.SIGTERM),
+    "drain-api": ("api", signal.SIGTERM),
+}
 _MEAN_GAP_S = 1.1
 
 
@@ -65,7 +83,7 @@ def _duration(kind: str, rng: random.Random) -> float:
     match kind:
         case "stop-worker":
             return round(rng.uniform(0.2, 4.0), 3)
-        case "stop-redis":
+        case "stop-redis" | "partition":
             return round(rng.choice((rng.uniform(0.1, 1.0), rng.uniform(1.0, 5.0))), 3)
         case "kill-redis":
             return round(rng.uniform(0.0, 0.8), 3)
@@ -88,13 +106,11 @@ class Driver:
 
     async def _do(self, fault: Fault) -> None:
         stage = self._stage
+        if fault.kind in _SIGNALS:
+            roles, number = _SIGNALS[fault.kind]
+            stage.hurt(stage.pick(roles, fault.share), number)
+            return
         match fault.kind:
-            case "kill-worker":
-                stage.hurt(stage.pick("scripted", fault.share), signal.SIGKILL)
-            case "kill-local":
-                stage.hurt(stage.pick("local", fault.share), signal.SIGKILL)
-            case "kill-api" | "kill-scheduler":
-                stage.hurt(stage.pick(fault.kind.removeprefix("kill-"), fault.share), signal.SIGKILL)
             case "kill-engine":
                 stage.kill_engine()
             case "stop-worker":
@@ -103,13 +119,13 @@ class Driver:
                 await stage.redis.kill(fault.for_s)
             case "stop-redis":
                 await stage.redis.stop_for(fault.for_s)
-            case "cut":
-                stage.timeline.note("fault", "cut all connections")
-                stage.proxy.cut()
-            case "lose-reply":
-                stage.timeline.note("fault", "lose the next reply")
-                stage.proxy.lose_next_reply()
             case "kill-pubsub":
                 await stage.redis.kill_pubsub()
+            case "partition":
+                await stage.partition(fault.for_s)
+            case "cut":
+                stage.cut()
+            case "lose-reply":
+                stage.lose_reply()
             case other:
                 raise AssertionError(f"unknown fault {other}")

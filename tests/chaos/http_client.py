@@ -47,9 +47,12 @@ class Answer:
                     if pause_s:
                         await asyncio.sleep(pause_s)
 
-    async def json(self) -> Any:
+    async def whole(self) -> bytes:
         async with aclosing(self.blocks()) as blocks:
-            body = b"".join([block async for block in blocks])
+            return b"".join([block async for block in blocks])
+
+    async def json(self) -> Any:
+        body = await self.whole()
         return json.loads(body) if body else None
 
 
@@ -57,7 +60,7 @@ class Answer:
 async def exchange(
     port: int, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None, limit: int = 65536
 ) -> AsyncGenerator[Answer]:
-    """One request on a connection of its own, closed on leaving; raises Broken, Silent."""
+    """One request on a connection of its own, closed on leaving; bytes go as they are. Raises Broken, Silent."""
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=limit)
     except OSError as error:
@@ -82,10 +85,12 @@ async def call(
 
 
 def _request(port: int, method: str, path: str, body: Any, headers: Mapping[str, str]) -> bytes:
-    payload = b"" if body is None else json.dumps(body).encode()
+    payload = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     lines = [f"{method} {path} HTTP/1.1", f"Host: 127.0.0.1:{port}", "Connection: close"]
     if body is not None:
-        lines += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]
+        lines.append(f"Content-Length: {len(payload)}")
+    if body is not None and not isinstance(body, bytes):
+        lines.append("Content-Type: application/json")
     lines += [f"{name}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode() + payload
 

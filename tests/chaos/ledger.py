@@ -37,6 +37,7 @@ class Order:
     headers: dict[str, str] = field(default_factory=dict)
     poison: bool = False
     durable: bool = False
+    line: bool = False  # of a batch: its job's id is found in SQL by its custom_id
 
 
 @dataclass(slots=True)
@@ -49,6 +50,7 @@ class Entry:
     answered: bool = False
     text: str | None = None
     error_code: str | None = None
+    unborn: bool = False  # a line of a batch that was cancelled before its file was read
     history: list[str] = field(default_factory=list)
     known: asyncio.Event = field(default_factory=asyncio.Event)  # it has a job's id, or is answered
 

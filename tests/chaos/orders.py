@@ -26,23 +26,23 @@ class OrderBook:
         """One in four runs on the demo model."""
         if self._rng.random() < 0.25:
             order = self._rng.choice(self._demo)
-            return replace(order, name=f"{self._next()}/{order.name}", may_end=may_end)
+            return replace(order, name=f"{self.name()}/{order.name}", may_end=may_end)
         return self.scripted(may_end=may_end)
 
     def scripted(
         self, *, may_end: frozenset[str] = SUCCEEDED, words: tuple[int, int] = (5, 120), failures: int = 0
     ) -> Order:
-        name = self._next()
+        name = self.name()
         pause_ms = self._rng.choice((2.0, 10.0, 20.0))
         return _scripted_order(
             Script(tag=name, words=self._rng.randint(*words), pause_ms=pause_ms, failures=failures), may_end
         )
 
     def poison(self) -> Order:
-        script = Script(tag=self._next(), words=40, poison_at=self._rng.choice((0, 3, 20)))
+        script = Script(tag=self.name(), words=40, poison_at=self._rng.choice((0, 3, 20)))
         return replace(_scripted_order(script, POISONED), poison=True)
 
-    def _next(self) -> str:
+    def name(self) -> str:
         return f"{self._name}.{next(self._numbers)}"
 
 

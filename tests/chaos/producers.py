@@ -7,8 +7,9 @@ import random
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
+from tests.chaos.async_clients import cancel
+from tests.chaos.async_producers import asynchronous, batcher
 from tests.chaos.clients import Desk, Manner, converse, pause, watch_events
-from tests.chaos.http_client import Broken, Silent, call
 from tests.chaos.ledger import CANCELLABLE, MORTAL, Entry, Order
 from tests.chaos.orders import OrderBook
 from tests.chaos.stage import seeded
@@ -105,6 +106,8 @@ PRODUCERS: dict[str, Serve] = {
     "classes": classes,
     "canceller": canceller,
     "poisoner": poisoner,
+    "asynchronous": asynchronous,
+    "batcher": batcher,
 }
 
 
@@ -117,21 +120,7 @@ async def _cancel_once_known(desk: Desk, entry: Entry, rng: random.Random) -> No
     if not await _known(entry):
         return
     await asyncio.sleep(rng.uniform(0.0, 0.5))
-    job_id = entry.job_id
-    while True:
-        port = desk.port(rng)
-        try:
-            status, body = await call(port, "POST", f"/v1/jobs/{job_id}/cancel")
-        except (Broken, Silent):
-            await pause(rng)
-            continue
-        desk.ledger.note(entry, f"cancel of {job_id}: {status}")
-        if status in (200, 409):
-            return
-        if status != 503:
-            desk.ledger.blame(f"cancel answered {status} {body}", entry)
-            return
-        await pause(rng)
+    await cancel(desk, entry, rng)
 
 
 async def _known(entry: Entry) -> bool:

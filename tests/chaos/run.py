@@ -9,12 +9,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.chaos.checks import Reckoning, tracebacks
 from tests.chaos.clients import Desk
+from tests.chaos.evidence import Archive
 from tests.chaos.faults import Driver, plan
 from tests.chaos.ledger import Entry, Ledger
 from tests.chaos.orders import demo_requests, heard_alone
 from tests.chaos.producers import PRODUCERS, produce
+from tests.chaos.reckoning import reckon, tracebacks
 from tests.chaos.stage import Stage, open_stage, seeded
 from tests.chaos.timeline import Timeline
 
@@ -41,15 +42,14 @@ async def run(options: Options) -> str:
         timeline.note("run", f"seed {options.seed}, {options.seconds:g} s, Redis AOF everysec")
         async with open_stage(options.home, timeline) as stage:
             timeline.note("run", "all processes are ready")
-            reckoning = Reckoning(stage, ledger)
+            archive = Archive(stage)
             await _storm(options, stage, ledger)
-            await _settle(stage, ledger, reckoning)
-            await reckoning.find_unlucky()
-            await reckoning.run()
+            await _settle(stage, ledger, archive)
+            await reckon(archive, ledger)
             for line in tracebacks(list(stage.keeper.processes)):
                 ledger.blame(line)
             timeline.note("counts", _counts(ledger))
-            return await _report(options, ledger, reckoning) if ledger.wrong else ""
+            return await _report(options, ledger, archive) if ledger.wrong else ""
     finally:
         timeline.close()
 
@@ -60,6 +60,7 @@ async def _storm(options: Options, stage: Stage, ledger: Ledger) -> None:
     demo = await heard_alone(desk, demo_requests(seeded(options.seed, "demo")), random.Random(0))
     stage.timeline.note("run", "faults begin; time starts anew")
     stage.timeline.zero()
+    stage.stormy = True
     stop = asyncio.Event()
     producing = [
         asyncio.create_task(produce(desk, name, serve, options.seed, demo, stop)) for name, serve in PRODUCERS.items()
@@ -69,6 +70,8 @@ async def _storm(options: Options, stage: Stage, ledger: Ledger) -> None:
     stop.set()
     stage.keeper.resume()
     stage.timeline.note("run", "faults end")
+    await stage.wait_until_ready()
+    stage.timeline.note("run", "all processes are ready again")
     done, late = await asyncio.wait(producing, timeout=SETTLE_S)
     for task in late:
         task.cancel()
@@ -78,9 +81,9 @@ async def _storm(options: Options, stage: Stage, ledger: Ledger) -> None:
     stage.timeline.note("run", "producers end")
 
 
-async def _settle(stage: Stage, ledger: Ledger, reckoning: Reckoning) -> None:
+async def _settle(stage: Stage, ledger: Ledger, archive: Archive) -> None:
     give_up = time.monotonic() + SETTLE_S
-    while under_way := await reckoning.settled():
+    while under_way := await archive.under_way():
         if time.monotonic() > give_up:
             ledger.blame(f"not settled {SETTLE_S:g} s after the last fault: {under_way}")
             return
@@ -92,7 +95,7 @@ def _counts(ledger: Ledger) -> str:
     return ", ".join(f"{count} {what}" for what, count in sorted(ledger.counts.items()))
 
 
-async def _report(options: Options, ledger: Ledger, reckoning: Reckoning) -> str:
+async def _report(options: Options, ledger: Ledger, archive: Archive) -> str:
     lines = [
         f"chaos failed, seed {options.seed}: {len(ledger.wrong)} findings",
         *ledger.timeline.of("fault", "death", "start", "run"),
@@ -105,5 +108,5 @@ async def _report(options: Options, ledger: Ledger, reckoning: Reckoning) -> str
             lines.append(f"history of {entry.order.name}: {entry.order.body}")
             lines += ["  " + line for line in entry.history]
             for job_id in entry.job_ids:
-                lines += [f"  {job_id}", *await reckoning.history(job_id)]
+                lines += [f"  {job_id}", *await archive.history(job_id)]
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from redis.asyncio import Redis
 
@@ -31,6 +32,8 @@ APIS = 2
 KEEPALIVE_S = 2
 RETENTION_S = 24 * 3600  # events and records stay for the reckoning
 _READY_S = 240.0
+_MOST_STARTS = 3
+_WORKERS = ("scripted", "local")
 
 
 class RedisUnderFire:
@@ -86,6 +89,7 @@ class Stage:
     proxy: RedisProxy
     keeper: Keeper
     ports: tuple[int, ...]
+    stormy: bool = False  # faults have begun
 
     def pick(self, roles: str, share: float) -> Managed | None:
         """One of the roles' processes that is alive and not stopped."""
@@ -102,8 +106,9 @@ class Stage:
             self.timeline.note("fault", f"{number.name}: nobody there")
             return
         self.timeline.note("fault", f"{number.name} {process.name} pid {process.pid}")
-        now = int(time.time() * 1000)
-        process.hurts.append(Hurt(process.pid, now, now))
+        if number is signal.SIGKILL:  # a drain costs no job an attempt
+            now = int(time.time() * 1000)
+            process.hurts.append(Hurt(process.pid, now, now))
         process.send(number)
 
     async def stop_for(self, process: Managed | None, seconds: float) -> None:
@@ -119,6 +124,21 @@ class Stage:
             process.send(signal.SIGCONT)
             self.timeline.note("fault", f"{process.name} goes on")
 
+    def cut(self) -> None:
+        self.timeline.note("fault", "cut all connections")
+        self.proxy.cut()
+
+    def lose_reply(self) -> None:
+        self.timeline.note("fault", "lose the next reply")
+        self.proxy.lose_next_reply()
+
+    async def partition(self, seconds: float) -> None:
+        self.timeline.note("fault", f"no byte passes to or from Redis for {seconds:g} s")
+        self.proxy.partition()
+        await asyncio.sleep(seconds)
+        self.proxy.heal()
+        self.timeline.note("fault", "bytes pass again")
+
     def kill_engine(self) -> None:
         process = self.pick("local", 0.0)
         engine = None if process is None else process.engine()
@@ -131,18 +151,25 @@ class Stage:
         with contextlib.suppress(ProcessLookupError):
             os.kill(engine, signal.SIGKILL)
 
-    def sql(self, query: str) -> list[tuple[object, ...]]:
+    def sql(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         """Rows of the service's database."""
         with contextlib.closing(sqlite3.connect(self.home / "spillway.db", timeout=10)) as database:
-            return list(database.execute(query))
+            return list(database.execute(query, values))
+
+    def _check_starts(self) -> None:
+        for process in self.keeper.processes:
+            if not self.stormy and process.starts > _MOST_STARTS:
+                raise AssertionError(f"{process.name} does not start; see {process.log}")
 
     async def wait_until_ready(self) -> None:
-        """Both APIs answer and both pools are served."""
+        """Every API answers, and every worker process of now serves."""
         give_up = time.monotonic() + _READY_S
         while time.monotonic() < give_up:
+            self._check_starts()
+            workers = {process.pid for process in self.keeper.processes if process.name.split("-")[0] in _WORKERS}
             with contextlib.suppress(Broken, Silent):
-                seen = [await call(port, "GET", "/v1/models") for port in self.ports]
-                if all(status == 200 and len(body["data"]) >= 2 for status, body in seen):
+                seen = [await call(port, "GET", "/admin/workers") for port in self.ports]
+                if all(status == 200 and workers <= {one["pid"] for one in body["data"]} for status, body in seen):
                     return
             await asyncio.sleep(0.1)
         raise AssertionError(f"the stage is not ready within {_READY_S:g} s; see {self.home}/*.out")
