@@ -21,6 +21,9 @@ from scheduler.db.jobs import JobStore
 from scheduler.db.keys import KeyStore
 from scheduler.db.outbox_rows import OutboxRows
 from scheduler.db.session import Database
+from scheduler.db.vault import Vault
+from scheduler.db.webhook_deliveries import DeliveryStore
+from scheduler.db.webhook_endpoints import WebhookEndpoints
 from scheduler.lifecycle import Lifecycle
 from scheduler.loops.control_plane import ControlKick
 from scheduler.outbox import Outbox
@@ -53,6 +56,8 @@ class Services:
     job_listing: JobListing
     job_views: JobViews
     dialect: HttpDialect
+    webhooks: WebhookEndpoints
+    deliveries: DeliveryStore
     kick: ControlKick
     authenticator: Authenticator
     drain: Drain
@@ -97,6 +102,8 @@ async def open_services(settings: Settings, metrics: ApiMetrics, drain: Drain) -
             job_listing=JobListing(database),
             job_views=JobViews(redis, settings),
             dialect=HttpDialect(),
+            webhooks=WebhookEndpoints(database, Vault(settings)),
+            deliveries=DeliveryStore(database),
             kick=kick,
             authenticator=authenticator,
             drain=drain,

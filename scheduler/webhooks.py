@@ -122,18 +122,18 @@ class WebhookSender:
         reply = await self._send(attempt)
         took_s = time.monotonic() - started_s
         (self._slow.add if took_s > SLOW_S else self._slow.discard)(attempt.endpoint_id)
-        if reply.is_success:
-            return await self._deliveries.delivered(attempt)
+        if reply.status is not None and reply.is_success:
+            return await self._deliveries.delivered(attempt, reply.status)
         error = reply.error or f"the receiver answered {reply.status}"
         if reply.status == HTTPStatus.GONE:
             await self._endpoints.disable(attempt.endpoint_id, "the receiver answered 410 Gone")
             log.warning("a webhook endpoint is gone, and disabled", endpoint=attempt.endpoint_id)
-            return await self._deliveries.give_up(attempt, error)
+            return await self._deliveries.give_up(attempt, reply.status, error)
         delay_s = delay_after(attempt.attempt, reply, self._backoff_s, self._rng)
         if delay_s is None:
             log.warning("a webhook was given up", delivery=attempt.delivery_id, tries=attempt.attempt, error=error)
-            return await self._deliveries.give_up(attempt, error)
-        await self._deliveries.try_later(attempt, int(delay_s * 1000), error)
+            return await self._deliveries.give_up(attempt, reply.status, error)
+        await self._deliveries.try_later(attempt, int(delay_s * 1000), reply.status, error)
 
     async def _send(self, attempt: Attempt) -> Reply:
         try:

@@ -226,4 +226,5 @@ class WebhookDelivery(Table, table=True):
     created_ms: int = Field(sa_type=BigInteger)
     next_ms: int = Field(sa_type=BigInteger)
     finished_ms: int | None = Field(default=None, sa_type=BigInteger)
+    last_status: int | None = None  # what the receiver answered last; None: nothing
     last_error: str | None = Field(default=None, max_length=500)

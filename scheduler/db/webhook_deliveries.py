@@ -48,6 +48,7 @@ class DeliveryView:
     created_ms: int
     next_ms: int | None
     finished_ms: int | None
+    last_status: int | None
     last_error: str | None
     payload: bytes
 
@@ -77,17 +78,19 @@ class DeliveryStore:
             await session.commit()
         return Attempt(row.id, row.attempts, row.event_id, row.payload, endpoint.id, endpoint.url)
 
-    async def delivered(self, attempt: Attempt) -> None:
-        await self._settle(attempt, status="delivered", finished_ms=_now_ms(), last_error=None)
+    async def delivered(self, attempt: Attempt, answered: int) -> None:
+        await self._settle(attempt, answered, None, status="delivered", finished_ms=_now_ms())
 
-    async def try_later(self, attempt: Attempt, delay_ms: int, error: str) -> None:
-        await self._settle(attempt, next_ms=_now_ms() + delay_ms, last_error=error[:MAX_ERROR_CHARS])
+    async def try_later(self, attempt: Attempt, delay_ms: int, answered: int | None, error: str) -> None:
+        await self._settle(attempt, answered, error, next_ms=_now_ms() + delay_ms)
 
-    async def give_up(self, attempt: Attempt, error: str) -> None:
-        await self._settle(attempt, status="dead", finished_ms=_now_ms(), last_error=error[:MAX_ERROR_CHARS])
+    async def give_up(self, attempt: Attempt, answered: int | None, error: str) -> None:
+        await self._settle(attempt, answered, error, status="dead", finished_ms=_now_ms())
 
-    async def _settle(self, attempt: Attempt, **values: Any) -> None:
+    async def _settle(self, attempt: Attempt, answered: int | None, error: str | None, **values: Any) -> None:
         """Fenced by the attempt: a process that was too slow changes nothing."""
+        values["last_status"] = answered
+        values["last_error"] = None if error is None else error.replace("\0", "\ufffd")[:MAX_ERROR_CHARS]
         ours = (
             col(WebhookDelivery.id) == attempt.delivery_id,
             col(WebhookDelivery.attempts) == attempt.attempt,
@@ -180,6 +183,7 @@ def _view(row: WebhookDelivery) -> DeliveryView:
         created_ms=row.created_ms,
         next_ms=row.next_ms if pending else None,
         finished_ms=row.finished_ms,
+        last_status=row.last_status,
         last_error=row.last_error,
         payload=row.payload,
     )

@@ -18,7 +18,7 @@ from sqlmodel import col, delete, func, select, update
 from scheduler.db.models import WebhookDelivery, WebhookEndpoint
 from scheduler.db.session import Database
 from scheduler.db.vault import Vault
-from scheduler.db.webhooks import TEST_EVENT, WebhookEvent, add_events
+from scheduler.db.webhooks import WebhookEvent, add_events
 from scheduler.errors import WebhookConflict
 
 SECRET_PREFIX = "whsec_"  # noqa: S105 - how every secret begins, not one
@@ -120,23 +120,33 @@ class WebhookEndpoints:
             await session.commit()
         return removed.rowcount == 1
 
-    async def rotate(self, endpoint_id: str) -> tuple[EndpointView, str] | None:
-        """A new secret; the one before signs along for a day, so that receivers can change over."""
+    async def rotate(self, endpoint_id: str, *, keep_old: bool = True) -> tuple[EndpointView, str] | None:
+        """A new secret; the one before signs along for a day where it is kept, so that receivers can change over."""
         secret = _new_secret()
         async with self._database.session() as session:
             row = await session.get(WebhookEndpoint, endpoint_id)
             if row is None:
                 return None
-            row.old_secret, row.old_secret_until_ms = row.secret, _now_ms() + OLD_SECRET_MS
+            row.old_secret = row.secret if keep_old else None
+            row.old_secret_until_ms = _now_ms() + OLD_SECRET_MS if keep_old else None
             row.secret = self._vault.seal(secret.encode())
             session.add(row)
             await session.commit()
         return _view(row), secret
 
-    async def add_test(self, endpoint: EndpointView) -> str:
-        """Write a test event for an enabled endpoint; the delivery's id."""
+    async def add_test(self, endpoint: EndpointView, event_type: str) -> str:
+        """Write a sample event for an enabled endpoint; the delivery's id. Raises WebhookConflict."""
         now_ms = _now_ms()
-        event = WebhookEvent(TEST_EVENT, endpoint.tenant, endpoint.id, now_ms, now_ms, endpoint.id)
+        event = WebhookEvent(
+            type=event_type,
+            tenant=endpoint.tenant,
+            subject=endpoint.id,
+            created_ms=now_ms,
+            turn=now_ms,
+            webhook_id=endpoint.id,
+            data={"test": True},
+            is_test=True,
+        )
         async with self._database.session() as session:
             added = await add_events(session, [event])
             await session.commit()

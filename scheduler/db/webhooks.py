@@ -19,10 +19,6 @@ from sqlmodel.ext.asyncio.session import AsyncSession
 from scheduler.db.jobs import insert_for
 from scheduler.db.models import WebhookDelivery, WebhookEndpoint
 
-JOB_EVENTS = ("job.succeeded", "job.failed", "job.cancelled", "job.expired")
-BATCH_EVENTS = ("batch.completed", "batch.failed", "batch.expired", "batch.cancelled")
-TEST_EVENT = "webhook.test"  # sent on demand, whatever the endpoint lists
-EVENT_TYPES = frozenset((*JOB_EVENTS, *BATCH_EVENTS))
 ROWS_PER_STATEMENT = 500
 
 
@@ -40,6 +36,7 @@ class WebhookEvent:
     turn: int = 0
     webhook_id: str | None = None
     data: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    is_test: bool = False  # sent on demand, whatever types the endpoint lists
 
     @property
     def id(self) -> str:
@@ -79,7 +76,7 @@ def _wants(endpoint: WebhookEndpoint, event: WebhookEvent) -> bool:
     if endpoint.tenant != event.tenant or event.webhook_id not in (None, endpoint.id):
         return False
     types = json.loads(endpoint.events)
-    return not types or event.type in types or event.type == TEST_EVENT
+    return not types or event.type in types or event.is_test
 
 
 def _delivery(event: WebhookEvent, endpoint: WebhookEndpoint) -> dict[str, Any]:

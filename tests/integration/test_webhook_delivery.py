@@ -104,7 +104,7 @@ async def test_an_event_arrives_signed_as_the_specification_and_openai_have_it(s
     (request,) = receiver.received
     assert verify(request, secret)["data"] == {"id": "job-t-1", "object": "job"}
     assert request.headers["webhook-id"] == json.loads(request.body)["id"] == view.event_id
-    assert (view.status, view.attempts, view.last_error) == ("delivered", 1, None)
+    assert (view.status, view.attempts, view.last_status, view.last_error) == ("delivered", 1, 200, None)
     seen = openai.OpenAI(api_key="none").webhooks.unwrap(request.body, request.headers, secret=secret)
     assert (seen.type, seen.object) == ("job.succeeded", "event")
 
@@ -186,7 +186,7 @@ async def test_a_try_that_its_process_did_not_end_is_made_again_when_its_lease_i
         lost = await stage.deliveries.begin(delivery_id)
         assert lost is not None
         assert (await stage.until(delivery_id, "delivered")).attempts == 2
-        await stage.deliveries.give_up(lost, "the slow process wakes up")
+        await stage.deliveries.give_up(lost, 500, "the slow process wakes up")
         assert (await stage.delivery(delivery_id)).status == "delivered"
         assert [request.headers["webhook-id"] for request in receiver.received] == [lost.event_id]
 
