@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 
 from scheduler.request import Usage
 
-MAX_LINES = 50_000
 MAX_ERRORS = 100
 EXPAND_BATCH = "expand_batch"  # what the API kicks for a batch that is new or is to be cancelled
 

@@ -32,6 +32,7 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
     max_file_bytes: int = Field(default=512 * 10**6, ge=1024)
     max_batch_file_bytes: int = Field(default=200 * 10**6, ge=1024)
+    max_batch_lines: int = Field(default=50_000, ge=1, le=1_000_000)
     disk_reserve_bytes: int = Field(default=64 * 2**20, ge=0)  # what stored files leave to queue, database and logs
     keepalive_s: float = Field(default=15.0, gt=0)
     allowed_hosts: str = ""

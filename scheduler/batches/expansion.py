@@ -11,13 +11,13 @@ import asyncio
 import functools
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sqlmodel.ext.asyncio.session import AsyncSession
 
-from scheduler.batch import MAX_ERRORS, MAX_LINES, BatchRecord, BatchStatus, LineError, line_job_id
+from scheduler.batch import MAX_ERRORS, BatchRecord, BatchStatus, LineError, line_job_id
 from scheduler.batches.input_lines import (
     ENVELOPE_BYTES,
     InputLine,
@@ -33,7 +33,7 @@ from scheduler.db.webhooks import WebhookEvent, add_events
 from scheduler.dialect import Dialect
 from scheduler.errors import UnknownModel
 from scheduler.job import Priority
-from scheduler.queue.fleet import Fleet
+from scheduler.model_card import ModelCard
 from scheduler.request import encode_request
 from scheduler.routing import plan
 from scheduler.settings import Settings
@@ -75,15 +75,16 @@ class Expander:
         batches: BatchStore,
         files: FileStore,
         durable: DurableStore,
-        fleet: Fleet,
+        models: Callable[[], Awaitable[Sequence[ModelCard]]],
         dialect: Dialect,
         settings: Settings,
     ) -> None:
         self._batches = batches
         self._files = files
         self._durable = durable
-        self._fleet = fleet
+        self._models = models
         self._dialect = dialect
+        self.max_lines = settings.max_batch_lines
         self._shard = settings.shard
         self._max_line_bytes = settings.max_body_bytes + ENVELOPE_BYTES
 
@@ -113,11 +114,11 @@ class Expander:
 
     async def _judge(self, batch: BatchRecord, path: Path) -> Verdict:
         verdict = Verdict()
-        for raws in _steps(read_lines(path, self._max_line_bytes)):
-            for line in await asyncio.to_thread(self._parse, batch.endpoint, raws):
+        async for lines in self._steps(batch, path):
+            for line in lines:
                 verdict.add(line)
-            if verdict.total > MAX_LINES:
-                message = f"The file has more than the {MAX_LINES} requests that a batch may have."
+            if verdict.total > self.max_lines:
+                message = f"The file has more than the {self.max_lines} requests that a batch may have."
                 verdict.errors = [LineError("too_many_requests", message)]
                 return verdict
             if len(verdict.errors) >= MAX_ERRORS:
@@ -129,7 +130,7 @@ class Expander:
         return verdict
 
     async def _unknown_models(self, verdict: Verdict) -> list[LineError]:
-        cards = await self._fleet.models()
+        cards = await self._models()
         errors: list[LineError] = []
         for model, number in verdict.models.items():
             try:
@@ -143,23 +144,25 @@ class Expander:
     async def _add_lines(self, batch: BatchRecord, path: Path, total: int) -> bool:
         """False: the batch was cancelled meanwhile."""
         after = await self._durable.last_line(batch.id)
-        for raws in _steps(read_lines(path, self._max_line_bytes, after)):
-            lines = await asyncio.to_thread(self._rows, batch, raws)
-            add = functools.partial(self._durable.add_lines, lines=lines)
+        async for lines in self._steps(batch, path, after):
+            # all of them are good: the file was judged
+            rows = [_row(batch, self._shard, line) for line in lines if isinstance(line, InputLine)]
+            add = functools.partial(self._durable.add_lines, lines=rows)
             # The guarded write before it, in one transaction: no line is added behind the back of a cancel.
             if not await self._batches.note(batch, add, total=total):
                 return False
         return True
 
-    def _parse(self, endpoint: str, raws: Sequence[RawLine]) -> list[InputLine | LineError]:
-        return [parse_line(raw, endpoint, self._dialect, secrets.randbits(63)) for raw in raws]
+    async def _steps(
+        self, batch: BatchRecord, path: Path, after: int = 0
+    ) -> AsyncGenerator[list[InputLine | LineError]]:
+        """The lines behind `after`, read and parsed in a thread, a bounded step at a time."""
+        steps = _steps(read_lines(path, self._max_line_bytes, after))
+        while lines := await asyncio.to_thread(self._parse_next, batch.endpoint, steps):
+            yield lines
 
-    def _rows(self, batch: BatchRecord, raws: Sequence[RawLine]) -> list[NewDurable]:
-        return [
-            _row(batch, self._shard, line)
-            for line in self._parse(batch.endpoint, raws)
-            if isinstance(line, InputLine)  # all are: the file was judged
-        ]
+    def _parse_next(self, endpoint: str, steps: Iterator[Sequence[RawLine]]) -> list[InputLine | LineError]:
+        return [parse_line(raw, endpoint, self._dialect, secrets.randbits(63)) for raw in next(steps, ())]
 
     async def _fail(self, batch: BatchRecord, errors: Sequence[LineError]) -> None:
         now_ms = _now_ms()

@@ -76,6 +76,10 @@ class BatchKeeper:
             self._taken.add(batch_id)
             self._wanted.put_nowait(batch_id)
 
+    async def idle(self) -> None:
+        """Until everything that was asked for has been looked at."""
+        await self._wanted.join()
+
     async def _work(self) -> None:
         while True:
             batch_id = await self._wanted.get()
@@ -86,6 +90,7 @@ class BatchKeeper:
                 self._tell_once(batch_id, error)
             finally:
                 self._taken.discard(batch_id)
+                self._wanted.task_done()
 
     async def _advance(self, batch_id: str) -> None:
         batch = await self._batches.get(batch_id)
@@ -172,7 +177,7 @@ def make_keeper(
 ) -> BatchKeeper:
     """A keeper on these connections."""
     batches, durable = BatchStore(database), DurableStore(database)
-    expander = Expander(batches, files, durable, fleet, dialect, settings)
+    expander = Expander(batches, files, durable, fleet.models, dialect, settings)
     return BatchKeeper(batches, durable, lifecycle, expander, ResultWriter(files, durable, dialect))
 
 
