@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from api.cli import batch, files, jobs, keys
+from api.cli import batch, dead, files, jobs, keys, queues
 from api.cli.options import ApiKey, Home, Host, Json, LogLevel, Model, Models, Port, Url, settings_with
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ worker = typer.Typer(help="One worker process; it joins the others through Redis
 app.add_typer(worker, name="worker", rich_help_panel="Single processes")
 app.add_typer(keys.app, name="keys", rich_help_panel="Look after it")
 app.add_typer(jobs.app, name="jobs", rich_help_panel="Talk to it")
+app.add_typer(queues.app, name="queues", rich_help_panel="Look after it")
+app.add_typer(dead.app, name="dead", rich_help_panel="Look after it")
 app.add_typer(batch.app, name="batch", rich_help_panel="Talk to it")
 app.add_typer(files.app, name="files", rich_help_panel="Talk to it")
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote, urlencode
@@ -15,7 +13,7 @@ import typer
 
 from api.cli.job_submission import Submission, read_past
 from api.cli.job_tables import job_details, job_table
-from api.cli.options import ApiKey, Home, Json, Model, PriorityName, Url, settings_with
+from api.cli.options import ApiKey, Home, Json, Model, PriorityName, Url, connected
 from api.cli.plain_text import wide_console, write_answer
 from scheduler.errors import JobConflict
 
@@ -67,7 +65,7 @@ def submit(
         prompt, file, model, max_tokens, priority, at, delay, deadline, webhook, [] if metadata is None else metadata
     ).body()
     headers = {} if idempotency_key is None else {"idempotency-key": idempotency_key}
-    with _client(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         _, job = client.send("POST", "/v1/jobs", wanted, headers)
         if wait:
             _wait(client, job["id"], as_json=as_json)
@@ -108,7 +106,7 @@ def list_jobs(
         "after": after,
     }
     query = urlencode({name: value for name, value in wanted.items() if value is not None})
-    with _client(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         page = client.get(f"/v1/jobs?{query}")
     if as_json:
         typer.echo(json.dumps(page["data"]))
@@ -124,7 +122,7 @@ def list_jobs(
 @app.command()
 def show(job: JobId, as_json: Json = False, url: Url = None, api_key: ApiKey = None, home: Home = None) -> None:
     """One job: its state, attempts, timings and usage."""
-    with _client(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         found = client.get(_path(job))
     if as_json:
         typer.echo(json.dumps(found))
@@ -142,14 +140,14 @@ def result(
     home: Home = None,
 ) -> None:
     """The answer of a job that has succeeded. Exit status 1: it failed, or has not ended."""
-    with _client(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         _show_result(_result(client, job, wait=wait), as_json=as_json)
 
 
 @app.command()
 def cancel(job: JobId, url: Url = None, api_key: ApiKey = None, home: Home = None) -> None:
     """Cancel a job: at once where it waits, within two decode steps where it runs."""
-    with _client(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         found = client.post(f"{_path(job)}/cancel")
     typer.echo(f"Cancelled {found['id']}.")
 
@@ -157,7 +155,7 @@ def cancel(job: JobId, url: Url = None, api_key: ApiKey = None, home: Home = Non
 @app.command()
 def retry(job: JobId, url: Url = None, api_key: ApiKey = None, home: Home = None) -> None:
     """Try a job again that failed, expired or was cancelled."""
-    with _client(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         found = client.post(f"{_path(job)}/retry")
     typer.echo(f"{found['id']} is {found['state']} again.")
 
@@ -171,7 +169,7 @@ def change_priority(
     home: Home = None,
 ) -> None:
     """Give a job that waits or runs another priority."""
-    with _client(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         _, found = client.send("PATCH", _path(job), {"priority": to})
     typer.echo(f"{found['id']} has priority {found['priority']}.")
 
@@ -181,19 +179,8 @@ def watch(job: JobId, url: Url = None, api_key: ApiKey = None, home: Home = None
     """Follow a job from its first token to its end, through broken connections too."""
     from api.cli.job_stream import print_answer
 
-    with _client(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         print_answer(client, quote(job, safe=""))
-
-
-@contextlib.contextmanager
-def _client(url: str | None, api_key: str | None, home: Any) -> Iterator[ApiClient]:
-    from api.cli.api_client import ApiClient
-
-    client = ApiClient(settings_with(url=url, api_key=api_key, home=home))
-    try:
-        yield client
-    finally:
-        client.close()
 
 
 def _path(job: str) -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from scheduler.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from api.cli.api_client import ApiClient
 
 Home = Annotated[
     Path | None,
@@ -49,3 +54,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def settings_with(**options: str | int | Path | None) -> Settings:
     """The settings of this process; an option that was not given leaves the environment's value."""
     return load_settings(**{name: value for name, value in options.items() if value is not None})
+
+
+@contextlib.contextmanager
+def connected(url: str | None, api_key: str | None, home: Path | None) -> Iterator[ApiClient]:
+    """The running service that these options name."""
+    from api.cli.api_client import ApiClient
+
+    client = ApiClient(settings_with(url=url, api_key=api_key, home=home))
+    try:
+        yield client
+    finally:
+        client.close()
