@@ -1,219 +1,172 @@
-"""The scripts against a model in Python: whatever workers and clients do in whatever order, the invariants hold.
+"""The scripts against a model in Python: whatever workers, clients and operators do in whatever order, it holds.
 
-An accepted job reaches exactly one terminal record; nothing of an older attempt follows a newer one; what waits, runs
-and has ended adds up to what was accepted; only the owner of an attempt changes a job.
+An accepted job reaches exactly one terminal record per acceptance; nothing of an older attempt follows a newer one;
+what waits, runs and has ended adds up to what was accepted; only the owner of an attempt changes a job; nothing is
+left behind in Redis.
 """
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from collections.abc import Coroutine
+from typing import Any
 
 import redis as sync_redis
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, Phase
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-
-from scheduler.job import ClaimedJob, JobState, Priority
-from scheduler.queue.connection import connect
-from scheduler.queue.job_queue import JobQueue
-from scheduler.queue.records import Outcome
-from scheduler.request import Usage
-from scheduler.settings import Settings
-from scheduler.tokens import SEQ_TERMINAL, EventId, Failed, Finished, encode_event
-from tests.queue_cases import POOL, delta, enqueue
-
-WORKERS = ("a:1", "b:1", "c:1")
-FINISHED = encode_event(Finished(Usage()))
-FAILED = encode_event(Failed(code="internal_error", message="x"))
-
-
-@dataclass
-class Expected:
-    """What the model knows of one job."""
-
-    state: JobState = JobState.QUEUED
-    attempt: int = 0
-    owner: str | None = None
-    lost: int = 0
-    fails: int = 0
-    cancel: bool = False
-    ended_by: tuple[str, int] | None = None
-    seq: int = 0
-    log: list[EventId] = field(default_factory=list[EventId])
-
-    def end(self, state: JobState) -> None:
-        self.state, self.owner = state, None
-        self.log.append(EventId(self.attempt, SEQ_TERMINAL))
-
-    def go_on(self) -> None:
-        """Back to the queue, unless it was cancelled meanwhile."""
-        if self.cancel:
-            self.end(JobState.CANCELLED)
-        else:
-            self.state, self.owner = JobState.QUEUED, None
-
-
-class Model:
-    """Runs each operation on the queue and on the model, and compares what they say."""
-
-    def __init__(self, queue: JobQueue, settings: Settings) -> None:
-        self.queue = queue
-        self.settings = settings
-        self.jobs: dict[str, Expected] = {}
-        self.handed: list[tuple[str, ClaimedJob]] = []  # every claim ever made: zombies act on old ones
-
-    def held(self, worker: str) -> list[Expected]:
-        return [job for job in self.jobs.values() if job.owner == worker]
-
-    def owns(self, worker: str, claimed: ClaimedJob) -> bool:
-        job = self.jobs[claimed.id]
-        return job.owner == worker and job.attempt == claimed.attempt
-
-    async def enqueue(self, number: int) -> None:
-        priority = tuple(Priority)[number % 4]
-        self.jobs[await enqueue(self.queue, priority=priority, tenant=f"t{number % 3}")] = Expected()
-
-    async def claim(self, number: int) -> None:
-        worker = WORKERS[number % 3]
-        held_before = len(self.held(worker))
-        rows = 1 + number % 4
-        got = (await self.queue.claim(worker, POOL, rows, 8, 10**6)).jobs
-        assert len(got) <= rows
-        for claimed in got:
-            job = self.jobs[claimed.id]
-            assert job.state is JobState.QUEUED and claimed.attempt == job.attempt + 1
-            assert (claimed.lost, claimed.failures) == (job.lost, job.fails)
-            if job.lost >= 2:
-                assert len(got) == 1 and held_before == 0
-            job.state, job.attempt, job.owner, job.seq = JobState.RUNNING, claimed.attempt, worker, 0
-            job.log.append(EventId(claimed.attempt, 0))
-            self.handed.append((worker, claimed))
-
-    async def emit(self, number: int) -> None:
-        worker, claimed = self.handed[number % len(self.handed)]
-        job, mine = self.jobs[claimed.id], self.owns(worker, claimed)
-        at = EventId(claimed.attempt, job.seq + 1)
-        result = await self.queue.emit(worker, [(claimed.id, at, delta("x"))])
-        assert (claimed.id in result.fenced) == (not mine)
-        assert result.cancelled == {name for name, other in self.jobs.items() if other.owner == worker and other.cancel}
-        if mine:
-            job.seq += 1
-            job.log.append(at)
-
-    async def finish(self, number: int) -> None:
-        worker, claimed = self.handed[number % len(self.handed)]
-        job, mine = self.jobs[claimed.id], self.owns(worker, claimed)
-        outcome = (
-            Outcome(JobState.SUCCEEDED, FINISHED),
-            Outcome(JobState.FAILED, FAILED, error_code="internal_error"),
-            Outcome(JobState.SCHEDULED, retry_delay_ms=0, error_code="engine_failure"),
-        )[number % 3]
-        stood = await self.queue.finish(worker, claimed.id, claimed.attempt, outcome)
-        assert stood == (mine or job.ended_by == (worker, claimed.attempt))
-        if not mine:
-            return
-        job.ended_by = (worker, claimed.attempt)
-        if outcome.retry_delay_ms is None:
-            job.end(outcome.state)
-        else:
-            job.fails += 1
-            job.go_on()
-
-    async def hand_back(self, number: int) -> None:
-        worker, claimed = self.handed[number % len(self.handed)]
-        job, mine = self.jobs[claimed.id], self.owns(worker, claimed)
-        stood = await self.queue.hand_back(worker, claimed.id, claimed.attempt)
-        assert stood == (mine or job.ended_by == (worker, claimed.attempt))
-        if mine:
-            job.ended_by = (worker, claimed.attempt)
-            job.go_on()
-
-    async def die(self, number: int) -> None:
-        worker = WORKERS[number % 3]
-        held = self.held(worker)
-        assert await self.queue.expire_worker(worker) == len(held)
-        for job in held:
-            job.lost += 1
-            over = job.lost >= self.settings.max_lost or job.lost + job.fails >= self.settings.max_attempts
-            if over and not job.cancel:
-                job.end(JobState.FAILED)
-            else:
-                job.go_on()
-
-    async def retire(self, number: int) -> None:
-        worker = WORKERS[number % 3]
-        await self.queue.retire_worker(worker)
-        for job in self.held(worker):
-            job.ended_by = (worker, job.attempt)
-            job.go_on()
-
-    async def cancel(self, number: int) -> None:
-        job_id = list(self.jobs)[number % len(self.jobs)]
-        job = self.jobs[job_id]
-        if job.state is JobState.QUEUED:
-            job.end(JobState.CANCELLED)
-        elif job.state is JobState.RUNNING:
-            job.cancel = True
-        assert await self.queue.cancel(job_id) is job.state
-
-    async def check(self) -> None:
-        waiting = sum(job.state is JobState.QUEUED for job in self.jobs.values())
-        assert sum((await self.queue.depths()).values()) == waiting
-        for job_id, job in self.jobs.items():
-            view = await self.queue.view(job_id)
-            assert view is not None and (view.state, view.attempt) == (job.state, job.attempt)
-            assert [at for at, _ in await self.queue.read_events(job_id, None)] == job.log
-            assert job.log == sorted(set(job.log))
-
-    async def drain(self) -> None:
-        """Everyone dies, then one worker at a time finishes what is left: every job ends."""
-        for number in range(3):
-            await self.retire(number)
-        number = 0
-        while any(not job.state.is_terminal for job in self.jobs.values()):
-            before = len(self.handed)
-            await self.claim(3 + 12 * number)
-            number += 1
-            assert len(self.handed) > before, "work is left and nobody gets it"
-            for index in range(before, len(self.handed)):
-                worker, claimed = self.handed[index]
-                assert await self.queue.finish(
-                    worker, claimed.id, claimed.attempt, Outcome(JobState.SUCCEEDED, FINISHED)
-                )
-                self.jobs[claimed.id].end(JobState.SUCCEEDED)
-
-    async def check_end(self) -> None:
-        counts = await self.queue.counts()
-        assert counts.pop("accepted", 0) == sum(counts.values()) == len(self.jobs)
-
-
-OPERATIONS = ("enqueue", "claim", "emit", "emit", "finish", "hand_back", "die", "retire", "cancel")
-
-
-async def play(settings: Settings, steps: list[tuple[str, int]]) -> None:
-    client = connect(settings, "command")
-    try:
-        await client.flushall()
-        model = Model(JobQueue(client, settings), settings)
-        await model.enqueue(0)
-        await model.claim(0)
-        for operation, number in steps:
-            await getattr(model, operation)(number)
-        await model.check()
-        await model.drain()
-        await model.check()
-        await model.check_end()
-    finally:
-        await client.aclose()
-
-
-@given(st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 10_000)), max_size=60))
-@hypothesis_settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
 )
-def test_any_order_of_operations_keeps_the_invariants(settings: Settings, steps: list[tuple[str, int]]) -> None:
-    asyncio.run(play(settings, steps))
+
+from scheduler.job import JobState, Priority
+from scheduler.queue.connection import connect
+from scheduler.queue.keys import Keys
+from scheduler.settings import Settings
+from tests.conftest import SHARD
+from tests.queue_cases import changed
+from tests.queue_model import KV, OUTCOMES, ROWS, WORKERS, Model
+
+NUMBERS = st.integers(0, 1000)
+PRIORITIES = st.sampled_from(Priority)
+_LEFT_BEHIND = ("q:", "act:", "own:", "urg:", "b:")
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """One example: a shard from its first job until everything has ended. `configuration` comes from the test."""
+
+    configuration: Settings
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._runner = asyncio.Runner()
+        self._client = connect(self.configuration, "command")
+        self._do(self._client.flushall())
+        self.model = Model(self._client, self.configuration)
+        self._steps = 0
+
+    def _do(self, call: Coroutine[Any, Any, Any] | Any) -> None:
+        async def wait() -> None:
+            await call
+
+        self._runner.run(wait())
+
+    def _waiting(self, state: JobState) -> list[str]:
+        return [job_id for job_id, job in self.model.jobs.items() if job.state is state]
+
+    @initialize(priority=PRIORITIES)
+    def begin(self, priority: Priority) -> None:
+        self._do(self.model.enqueue(priority, 0, due=True, deadline=False, durable=False))
+        self._do(self.model.claim(WORKERS[0], ROWS, KV))
+
+    @rule(
+        priority=PRIORITIES, tenant=st.integers(0, 2), due=st.sampled_from((True, True, False)),
+        deadline=st.booleans(), durable=st.booleans(),
+    )  # fmt: skip
+    def enqueue(self, priority: Priority, tenant: int, due: bool, deadline: bool, durable: bool) -> None:
+        self._do(self.model.enqueue(priority, tenant, due=due, deadline=deadline, durable=durable))
+
+    @rule(worker=st.sampled_from(WORKERS), rows=st.integers(0, ROWS), kv=st.sampled_from((KV, KV, 400, 100)))
+    def claim(self, worker: str, rows: int, kv: int) -> None:
+        self._do(self.model.claim(worker, rows, kv))
+
+    @precondition(lambda self: self.model.handed)
+    @rule(number=NUMBERS)
+    def emit(self, number: int) -> None:
+        self._do(self.model.emit(*self.model.handed[number % len(self.model.handed)]))
+
+    @precondition(lambda self: self.model.handed)
+    @rule(number=NUMBERS, outcome=st.sampled_from(OUTCOMES))
+    def finish(self, number: int, outcome: Any) -> None:
+        self._do(self.model.finish(*self.model.handed[-1 - number % len(self.model.handed)], outcome))
+
+    @precondition(lambda self: self.model.handed)
+    @rule(number=NUMBERS, preempted=st.booleans())
+    def hand_back(self, number: int, preempted: bool) -> None:
+        worker, claimed = self.model.handed[-1 - number % len(self.model.handed)]
+        self._do(self.model.hand_back(worker, claimed, preempted=preempted))
+
+    @rule(worker=st.sampled_from(WORKERS), how=st.sampled_from(("die", "lapse", "retire")))
+    def leave(self, worker: str, how: str) -> None:
+        self._do(getattr(self.model, how)(worker))
+
+    @precondition(lambda self: self._waiting(JobState.SCHEDULED))
+    @rule(number=NUMBERS)
+    def come_due(self, number: int) -> None:
+        waiting = self._waiting(JobState.SCHEDULED)
+        self._do(self.model.come_due(waiting[number % len(waiting)]))
+
+    @rule(number=NUMBERS)
+    def pass_deadline(self, number: int) -> None:
+        self._do(self.model.pass_deadline(self.model.pick(number)[0]))
+
+    @rule(number=NUMBERS)
+    def cancel(self, number: int) -> None:
+        self._do(self.model.cancel(self.model.pick(number)[0]))
+
+    @rule(number=NUMBERS, priority=PRIORITIES)
+    def reprioritise(self, number: int, priority: Priority) -> None:
+        self._do(self.model.reprioritise(self.model.pick(number)[0], priority))
+
+    @rule(what=st.sampled_from((None, *Priority)), on=st.sampled_from((True, False, False)))
+    def pause(self, what: Priority | None, on: bool) -> None:
+        self._do(self.model.pause(what, on))
+
+    @rule(number=NUMBERS)
+    def replay(self, number: int) -> None:
+        self._do(self.model.replay(self.model.pick(number)[0]))
+
+    @rule(number=NUMBERS)
+    def discard(self, number: int) -> None:
+        self._do(self.model.discard(self.model.pick(number)[0]))
+
+    @invariant()
+    def sums(self) -> None:
+        """Every few steps: the operations compare their own answers, and the example ends with all checks."""
+        self._steps += 1
+        if self._steps % 4 == 0:
+            self._do(self.model.check_sums())
+        if self._steps % 16 == 0:
+            self._do(self.model.check_jobs())
+
+    def teardown(self) -> None:
+        try:
+            self._do(self.model.check_jobs())
+            self._do(self.model.drain())
+            self._do(self.model.check_sums())
+            self._do(self.model.check_jobs())
+            self._do(self.model.check_records())
+            self._do(self._look_for_leavings())
+        finally:
+            self._do(self._client.aclose())
+            self._runner.close()
+
+    async def _look_for_leavings(self) -> None:
+        keys, bodies = Keys(SHARD), {job_id for job_id, job in self.model.jobs.items() if job.body}
+        async for raw_key in self._client.scan_iter(count=1000):
+            key = raw_key.decode()
+            assert keys.is_singleton(key) or await self._client.pttl(key) > 0, key
+            name = key.removeprefix(keys.prefix)
+            assert not name.startswith(_LEFT_BEHIND) or name.removeprefix("b:") in bodies, key
+
+
+def test_any_order_of_operations_keeps_the_invariants(settings: Settings) -> None:
+    """The lease outlives the test: only what the rules do makes time pass."""
+    QueueMachine.configuration = changed(settings, lease_ttl_ms=3_600_000, urgent_slack_ms=2 * 3_600_000)
+    run_state_machine_as_test(  # pyright: ignore[reportUnknownMemberType]
+        QueueMachine,
+        settings=hypothesis_settings(
+            max_examples=30,
+            stateful_step_count=50,
+            deadline=None,
+            phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+        ),
+    )
     with sync_redis.Redis.from_url(settings.redis_url or "") as client:
-        left = [key for key in client.scan_iter() if b":q:" in key or b":act:" in key or b":own:" in key]
-    assert not left
+        client.flushall()
