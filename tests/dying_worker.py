@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 from scheduler.job import ClaimedJob
@@ -20,7 +22,7 @@ from scheduler.lifecycle import Lifecycle
 from scheduler.queue.connection import connect
 from scheduler.queue.fleet import Fleet
 from scheduler.queue.job_queue import JobQueue
-from scheduler.request import Usage
+from scheduler.queue.records import Outcome
 from scheduler.settings import Settings, load_settings
 from tests.counting_backend import CountingBackend
 from workers.backend import BackendEvent, ChoiceProgress
@@ -61,10 +63,10 @@ class _Lifecycle(Lifecycle):
     point: Point = "never"
     handed = 0
 
-    async def complete(self, worker: str, job: ClaimedJob, usage: Usage) -> bool:
-        if self.point == "last_token":
+    async def end(self, worker: str, endings: Sequence[tuple[ClaimedJob, Outcome]]) -> None:
+        if self.point == "last_token" and endings:
             _die()
-        return await super().complete(worker, job, usage)
+        await super().end(worker, endings)
 
     async def hand_back(self, worker: str, job: ClaimedJob, **options: Any) -> bool:
         self.handed += 1
@@ -73,11 +75,17 @@ class _Lifecycle(Lifecycle):
         return await super().hand_back(worker, job, **options)
 
 
-def launch(settings: Settings, point: Point, clock_s: int = 0) -> subprocess.Popen[bytes]:
-    """Starts such a worker; the caller waits for its end."""
+@contextmanager
+def running(settings: Settings, point: Point, clock_s: int = 0) -> Iterator[subprocess.Popen[bytes]]:
+    """Such a worker; it is gone at the end."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SPILLWAY_")}
     command = [sys.executable, "-m", "tests.dying_worker", point, str(clock_s)]
-    return subprocess.Popen(command, env={**clean, **settings.as_environment()}, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env={**clean, **settings.as_environment()}, stdout=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def _die() -> None:

@@ -21,7 +21,7 @@ from scheduler.settings import Settings
 from scheduler.tokens import Finished
 from tests.conftest import wait_until
 from tests.counting_backend import CountingBackend, consuming, counted
-from tests.dying_worker import POINTS, Point, launch
+from tests.dying_worker import POINTS, Point, running
 from tests.queue_cases import changed
 from tests.worker_stage import Client, Stream
 
@@ -60,16 +60,16 @@ async def _listed(fleet: Fleet) -> bool:
 async def test_a_stream_survives_its_worker_killed_at(
     hasty: Settings, client: Client, fleet: Fleet, queue: JobQueue, point: Point
 ) -> None:
-    dying = launch(hasty, point)
-    await wait_until(lambda: _listed(fleet))
-    async with AsyncExitStack() as stack:
-        streams, following = await _open(stack, client)
-        if point == "drain":
-            await wait_until(lambda: all(stream.token_count >= 5 for stream in streams))
-            dying.send_signal(signal.SIGTERM)
-        assert await asyncio.to_thread(dying.wait, 30) == -signal.SIGKILL
-        async with consuming(CountingBackend(step_s=0.002), hasty):
-            await asyncio.gather(*following)
+    with running(hasty, point) as dying:
+        await wait_until(lambda: _listed(fleet), within_s=60)
+        async with AsyncExitStack() as stack:
+            streams, following = await _open(stack, client)
+            if point == "drain":
+                await wait_until(lambda: all(stream.token_count >= 5 for stream in streams))
+                dying.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(dying.wait, 30) == -signal.SIGKILL
+            async with consuming(CountingBackend(step_s=0.002), hasty):
+                await asyncio.gather(*following)
     for stream in streams:
         assert isinstance(stream.end, Finished) and stream.text == {0: counted(TOKENS)}
         view = await queue.view(stream.job_id)
@@ -83,9 +83,8 @@ async def test_a_worker_whose_clock_is_an_hour_off_keeps_its_lease_and_its_jobs_
     hasty: Settings, client: Client, fleet: Fleet, queue: JobQueue, clock_s: int
 ) -> None:
     patient = changed(hasty, lease_ttl_ms=3000)  # the process is young, the machine may be busy
-    other = launch(patient, "never", clock_s)
-    try:
-        await wait_until(lambda: _listed(fleet))
+    with running(patient, "never", clock_s):
+        await wait_until(lambda: _listed(fleet), within_s=60)
         (view,) = await fleet.workers()
         assert abs(view.seen_ms - time.time() * 1000 - clock_s * 1000) < 600_000  # it does live in another time
         async with AsyncExitStack() as stack:
@@ -94,6 +93,3 @@ async def test_a_worker_whose_clock_is_an_hour_off_keeps_its_lease_and_its_jobs_
         for stream in streams:
             assert isinstance(stream.end, Finished) and len(stream.attempts) == 1
             assert stream.text == {0: counted(TOKENS)}
-    finally:
-        other.kill()
-        other.wait()
