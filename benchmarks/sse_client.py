@@ -24,6 +24,7 @@ class StreamTiming:
     completion_tokens: int = 0
     done: bool = False
     error: str | None = None
+    job_id: str = ""  # Spillway's; other servers name none
 
     @property
     def ttft_s(self) -> float:
@@ -64,6 +65,10 @@ async def _read_answer(reader: asyncio.StreamReader, timing: StreamTiming) -> No
     head = await reader.readuntil(b"\r\n\r\n")
     status = int(head.split(b" ", 2)[1])
     chunked = b"transfer-encoding: chunked" in head.lower()
+    timing.job_id = next(
+        (line.partition(b":")[2].strip().decode() for line in head.split(b"\r\n") if line.startswith(b"spillway-job:")),
+        "",
+    )
     if status != 200:
         raise ValueError(f"HTTP {status}: {(await reader.read(500))!r}")
     pending = b""
