@@ -20,9 +20,11 @@ from scheduler import parent_watch
 from scheduler.batch import EXPAND_BATCH
 from scheduler.batches.keeper import BatchKeeper, make_keeper
 from scheduler.db.durable_outcomes import DurableOutcomes
+from scheduler.db.durable_retention import DurableRetention
 from scheduler.db.files import FileStore
 from scheduler.db.jobs import JobStore
 from scheduler.db.outbox_rows import OutboxRows
+from scheduler.db.schedules import ScheduleStore
 from scheduler.db.schema import migrate
 from scheduler.db.session import Database
 from scheduler.dialect import Dialect
@@ -30,9 +32,10 @@ from scheduler.errors import CapacityError, InternalError, StartupError
 from scheduler.lifecycle import Lifecycle
 from scheduler.loops.control_plane import HOUR_S, ControlPlane
 from scheduler.loops.outcome_writer import OutcomeWriter
-from scheduler.loops.pruner import prune_finished_jobs
+from scheduler.loops.pruner import prune_durable_jobs, prune_finished_jobs
 from scheduler.loops.reconciler import Reconciler
 from scheduler.loops.recorder import Recorder
+from scheduler.loops.recurrence import Recurrence
 from scheduler.loops.stager import Stager
 from scheduler.loops.sweeper import run_sweeper
 from scheduler.loops.webhook_jobs import webhook_jobs
@@ -42,6 +45,7 @@ from scheduler.queue.done_log import DoneLog
 from scheduler.queue.fleet import Fleet
 from scheduler.queue.job_queue import JobQueue
 from scheduler.queue.outcome_reader import OutcomeReader
+from scheduler.schedules import Turns
 from scheduler.settings import Settings, load_settings
 from scheduler.telemetry import configure, get_logger
 
@@ -91,9 +95,12 @@ async def _run_loops(
 ) -> None:
     store = JobStore(database)
     control = ControlPlane(settings)
-    control.every(
-        HOUR_S, "prune_finished_jobs", lambda: prune_finished_jobs(store, settings, _now_ms()), offset_s=PRUNE_AT_S
-    )
+    retention = DurableRetention(database)
+    for name, prune in (
+        ("prune_finished_jobs", lambda: prune_finished_jobs(store, settings, _now_ms())),
+        ("prune_durable_jobs", lambda: prune_durable_jobs(retention, settings, _now_ms())),
+    ):
+        control.every(HOUR_S, name, prune, offset_s=PRUNE_AT_S)
     batches = _batch_keeper(control, settings, dialect, database, commands)
     async with webhook_jobs(control, settings, database), asyncio.TaskGroup() as group:
         until_stop = functools.partial(_until_stop, stop)
@@ -121,7 +128,10 @@ def _job_loops(
     stager = Stager(rows, Outbox(rows, Lifecycle(queue, fleet, settings)), settings)
     recorder = Recorder(DoneLog(blocking, settings), JobStore(database), writer, queue, settings)
     reconciler = Reconciler(rows, reader, writer, settings)
-    return [("stager", stager.run), ("recorder", recorder.run), ("reconciler", reconciler.run)]
+    schedules = ScheduleStore(database)
+    recurrence = Recurrence(schedules, Turns(schedules, fleet, dialect, settings.shard), settings)
+    loops = {"stager": stager.run, "recorder": recorder.run, "reconciler": reconciler.run, "recurrence": recurrence.run}
+    return list(loops.items())
 
 
 def _batch_keeper(

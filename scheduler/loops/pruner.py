@@ -1,7 +1,10 @@
-"""Retention: finished jobs older than SPILLWAY_FINISHED_JOB_RETENTION_DAYS leave SQL. Run by cron.py."""
+"""Retention: what is older than the settings say leaves SQL, in steps that let others write. The control plane runs it."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
+from scheduler.db.durable_retention import DurableRetention
 from scheduler.db.jobs import JobStore
 from scheduler.settings import Settings
 from scheduler.telemetry import get_logger
@@ -15,9 +18,26 @@ log = get_logger(__name__)
 async def prune_finished_jobs(store: JobStore, settings: Settings, now_ms: int) -> int:
     """Delete what is past its retention, in small steps; how many rows that were."""
     before_ms = now_ms - settings.finished_job_retention_days * DAY_MS
-    total = 0
-    while (removed := await store.prune(before_ms, STEP_ROWS)) > 0:
-        total += removed
+    total = await _all(lambda: store.prune(before_ms, STEP_ROWS))
     if total:
         log.info("removed old finished jobs", count=total, older_than_days=settings.finished_job_retention_days)
+    return total
+
+
+async def prune_durable_jobs(retention: DurableRetention, settings: Settings, now_ms: int) -> int:
+    """The same for durable jobs, and for lines whose batch was removed. Idempotency-Keys last a day."""
+    await _all(lambda: retention.forget_keys(now_ms - DAY_MS, STEP_ROWS))
+    before_ms = now_ms - settings.durable_job_retention_days * DAY_MS
+    total = await _all(lambda: retention.prune(before_ms, STEP_ROWS))
+    for batch_id in await retention.removed_batches():
+        total += await _all(lambda batch_id=batch_id: retention.prune_lines(batch_id, STEP_ROWS))
+    if total:
+        log.info("removed old durable jobs", count=total, older_than_days=settings.durable_job_retention_days)
+    return total
+
+
+async def _all(step: Callable[[], Awaitable[int]]) -> int:
+    total = 0
+    while removed := await step():
+        total += removed
     return total

@@ -13,11 +13,13 @@ from pathlib import Path
 
 from redis.asyncio import Redis
 
+from scheduler.db.schema import migrate
 from scheduler.job import JobState
 from scheduler.queue.embedded import EmbeddedRedis
 from scheduler.queue.job_queue import JobQueue
 from scheduler.settings import Settings
 from tests.conftest import wait_until
+from tests.durable_stage import DurableStage, chat_job
 from tests.queue_cases import claim_one, enqueue, succeed
 
 Process = asyncio.subprocess.Process
@@ -79,6 +81,20 @@ async def test_it_migrates_records_sweeps_and_ends_on_sigterm(queue: JobQueue, s
 async def _is_queued(queue: JobQueue, job_id: str) -> bool:
     view = await queue.view(job_id)
     return view is not None and view.state is JobState.QUEUED
+
+
+async def test_it_brings_accepted_jobs_to_the_queue_and_their_answers_to_sql_also_after_a_flushall(
+    redis: Redis, settings: Settings
+) -> None:
+    await asyncio.to_thread(migrate, settings)
+    stage = DurableStage(redis, settings)
+    lost, held = await stage.hold(chat_job("before"), chat_job("after"))
+    await stage.change(lost, stage="sent")  # as if Redis had it before it lost everything
+    async with stage.working(), running_scheduler(settings):
+        for job_id, said in ((lost, "before "), (held, "after ")):
+            await wait_until(lambda job_id=job_id: stage.is_done(job_id), within_s=60)
+            assert await stage.said(job_id) == said
+    await stage.close()
 
 
 async def test_it_ends_when_whoever_started_it_dies(redis: Redis, settings: Settings) -> None:
