@@ -3,7 +3,8 @@
     scheduled ──due──► queued ──claim──► running ──finish──► succeeded | failed
                           ▲                 │
                           └── lost / retry / hand back
-    any state but a terminal one ──► cancelled (by the client) | expired (deadline)
+    any state but a terminal one ──► cancelled (by the client) | expired (deadline, queue TTL)
+    failed, cancelled, expired ──replay──► queued: accepted once more under the same id, with the next attempt
 
 Only scheduler/lifecycle.py moves a job; the moves themselves are the Lua scripts of scheduler/queue.
 """

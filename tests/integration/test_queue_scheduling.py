@@ -141,3 +141,51 @@ async def test_every_class_of_a_mixed_backlog_is_finished(queue: JobQueue) -> No
     for job_id in ids:
         view = await queue.view(job_id)
         assert view is not None and view.state is JobState.SUCCEEDED
+
+
+@pytest.mark.parametrize("costs", [(100, 100, 100), (50, 400, 130), (400, 20, 20)])
+async def test_the_service_gap_between_backlogged_tenants_is_bounded(queue: JobQueue, costs: tuple[int, ...]) -> None:
+    """The bound of Sheng et al. (OSDI 2024), where jobs use more than was guessed: of all rows, and one in hand."""
+    for tenant, cost in enumerate(costs):
+        for _ in range(4000 // cost + 5):
+            await enqueue(queue, tenant=f"t{tenant}", cost_tokens=cost)
+    served: Counter[str] = Counter()
+    for number in range(40):
+        for job in await claim(queue, rows=3, total=3):
+            used = costs[int(job.tenant[1:])] * (1 + number % 2)
+            await succeed(queue, job, usage=Usage(prompt_tokens=used, completion_tokens=0))
+            served[job.tenant] += used
+        assert max(served.values()) - min(served[f"t{tenant}"] for tenant in range(3)) <= 8 * max(costs)
+    assert len(served) == len(costs)
+
+
+async def test_batch_work_progresses_beside_an_endless_flood_of_every_higher_class(queue: JobQueue) -> None:
+    batch = await enqueue(queue, priority=Priority.BATCH)
+    for served in range(200):
+        for priority in (Priority.HIGH, Priority.NORMAL, Priority.LOW):
+            await enqueue(queue, priority=priority)
+        job = await claim_one(queue)
+        await succeed(queue, job)
+        if job.id == batch:
+            assert served <= 64 + 16 + 4
+            return
+    raise AssertionError("starved")
+
+
+async def test_a_poison_job_takes_no_neighbour_beyond_its_second_loss_and_dies_alone(queue: JobQueue) -> None:
+    poison = await enqueue(queue, tenant="mallory")
+    others = {await enqueue(queue) for _ in range(4)}
+    for worker in ("w:1", "w:2", "w:3"):
+        held = {job.id for job in await claim(queue, worker)}
+        if poison in held:
+            await queue.expire_worker(worker)
+    view = await queue.view(poison)
+    assert view is not None and (view.state, view.error_code) == (JobState.FAILED, "worker_lost")
+    assert [letter.job_id for letter in await queue.dead_letters(10)] == [poison]
+    waiting = {job.id: job for job in await queue.list_jobs(10)}
+    assert set(waiting) == others
+    while jobs := await claim(queue, "w:4"):  # those that it dragged along twice run alone, one after another
+        for job in jobs:
+            assert job.lost <= 2
+            await succeed(queue, job, "w:4")
+    assert (await queue.counts())["succeeded"] == 4
