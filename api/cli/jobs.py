@@ -67,14 +67,7 @@ def submit(
     headers = {} if idempotency_key is None else {"idempotency-key": idempotency_key}
     with connected(url, api_key, home) as client:
         _, job = client.send("POST", "/v1/jobs", wanted, headers)
-        if wait:
-            _wait(client, job["id"], as_json=as_json)
-        elif as_json:
-            typer.echo(json.dumps(job))
-        elif sys.stdout.isatty():
-            typer.echo(f"Accepted {job['id']} ({job['state']}). Follow it: spillway jobs watch {job['id']}")
-        else:
-            typer.echo(job["id"])
+        _report(client, job, wait=wait, as_json=as_json)
 
 
 @app.command("list")
@@ -187,14 +180,23 @@ def _path(job: str) -> str:
     return f"/v1/jobs/{quote(job, safe='')}"
 
 
-def _wait(client: ApiClient, job: str, *, as_json: bool) -> None:
+def _report(client: ApiClient, job: dict[str, Any], *, wait: bool, as_json: bool) -> None:
+    """What became of a submission: its answer, the job, or its id."""
     from api.cli.job_stream import print_answer
 
-    typer.echo(f"Accepted {job}.", err=True)
-    if as_json:
-        _show_result(_result(client, job, wait=True), as_json=True)
+    job_id = job["id"]
+    if wait:
+        typer.echo(f"Accepted {job_id}.", err=True)
+        if as_json:
+            _show_result(_result(client, job_id, wait=True), as_json=True)
+        else:
+            print_answer(client, job_id)
+    elif as_json:
+        typer.echo(json.dumps(job))
+    elif sys.stdout.isatty():
+        typer.echo(f"Accepted {job_id} ({job['state']}). Follow it: spillway jobs watch {job_id}")
     else:
-        print_answer(client, job)
+        typer.echo(job_id)
 
 
 def _result(client: ApiClient, job: str, *, wait: bool) -> Any:
