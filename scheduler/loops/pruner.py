@@ -1,4 +1,4 @@
-"""Retention: what is older than the settings say leaves SQL, in steps that let others write. The control plane runs it."""
+"""Retention: what is older than the settings say leaves SQL, in small steps. The control plane runs it."""
 
 from __future__ import annotations
 
