@@ -33,6 +33,7 @@ from api.routes import (
     jobs,
     models,
     queues,
+    schedules,
     webhooks,
 )
 from api.services import open_services
@@ -62,7 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.drain = drain
     app.add_middleware(HostGuard, settings=settings)
     app.add_middleware(RequestTrace, metrics=metrics)
-    native = (jobs, job_submission, job_events, admin, queues, dead_letters, webhooks)
+    native = (jobs, job_submission, job_events, admin, queues, dead_letters, webhooks, schedules)
     for routes in (chat, models, files, batches, *native, health):
         app.include_router(routes.router)
     app.add_exception_handler(SpillwayError, _answer_error)

@@ -20,6 +20,7 @@ from scheduler.db.job_listing import JobListing
 from scheduler.db.jobs import JobStore
 from scheduler.db.keys import KeyStore
 from scheduler.db.outbox_rows import OutboxRows
+from scheduler.db.schedules import ScheduleStore
 from scheduler.db.session import Database
 from scheduler.db.vault import Vault
 from scheduler.db.webhook_deliveries import DeliveryStore
@@ -56,6 +57,7 @@ class Services:
     job_listing: JobListing
     job_views: JobViews
     dialect: HttpDialect
+    schedules: ScheduleStore
     webhooks: WebhookEndpoints
     deliveries: DeliveryStore
     kick: ControlKick
@@ -102,6 +104,7 @@ async def open_services(settings: Settings, metrics: ApiMetrics, drain: Drain) -
             job_listing=JobListing(database),
             job_views=JobViews(redis, settings),
             dialect=HttpDialect(),
+            schedules=ScheduleStore(database),
             webhooks=WebhookEndpoints(database, Vault(settings)),
             deliveries=DeliveryStore(database),
             kick=kick,
