@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from api.cli import batch, dead, files, jobs, keys, queues
+from api.cli import batch, dead, files, jobs, keys, queues, schedules, webhooks
 from api.cli.options import ApiKey, Home, Host, Json, LogLevel, Model, Models, Port, Url, settings_with
 
 app = typer.Typer(
@@ -26,6 +26,8 @@ app.add_typer(queues.app, name="queues", rich_help_panel="Look after it")
 app.add_typer(dead.app, name="dead", rich_help_panel="Look after it")
 app.add_typer(batch.app, name="batch", rich_help_panel="Talk to it")
 app.add_typer(files.app, name="files", rich_help_panel="Talk to it")
+app.add_typer(schedules.app, name="schedules", rich_help_panel="Talk to it")
+app.add_typer(webhooks.app, name="webhooks", rich_help_panel="Talk to it")
 
 
 def _print_version(wanted: bool) -> None:
