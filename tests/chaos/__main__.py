@@ -1,4 +1,4 @@
-"""`python -m tests.chaos [--seconds 60] [--seed N] [--faults kill-worker,kill-redis] [--home DIR] [--quiet]`.
+"""`python -m tests.chaos [--seconds 60] [--seed N] [--faults kill-worker,kill-redis] [--no-engine] [--home DIR]`.
 
 The seed comes first on the screen; the same seed repeats the faults. A failed run keeps its home, with all logs.
 """
@@ -36,6 +36,7 @@ def _options() -> Options:
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6))
     parser.add_argument("--faults", default=",".join(KINDS), help="some of: %(default)s; empty: none")
     parser.add_argument("--home", type=Path, help="an empty directory to work in; removed after a good run")
+    parser.add_argument("--no-engine", action="store_true", help="scripted workers only: a quicker start")
     parser.add_argument("--quiet", action="store_true", help="the timeline only in its file")
     arguments = parser.parse_args()
     kinds = [kind for kind in arguments.faults.split(",") if kind]
@@ -43,7 +44,9 @@ def _options() -> Options:
         parser.error(f"unknown faults: {', '.join(sorted(unknown))}")
     home = arguments.home or Path(tempfile.mkdtemp(prefix="spillway-chaos-"))
     home.mkdir(parents=True, exist_ok=True)
-    return Options(arguments.seed, arguments.seconds, kinds, home, show=not arguments.quiet)
+    return Options(
+        arguments.seed, arguments.seconds, kinds, home, show=not arguments.quiet, engine=not arguments.no_engine
+    )
 
 
 if __name__ == "__main__":

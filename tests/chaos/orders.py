@@ -24,7 +24,7 @@ class OrderBook:
 
     def any(self, may_end: frozenset[str] = SUCCEEDED) -> Order:
         """One in four runs on the demo model."""
-        if self._rng.random() < 0.25:
+        if self._demo and self._rng.random() < 0.25:
             order = self._rng.choice(self._demo)
             return replace(order, name=f"{self.name()}/{order.name}", may_end=may_end)
         return self.scripted(may_end=may_end)

@@ -32,6 +32,7 @@ class Options:
     kinds: Collection[str]
     home: Path
     show: bool = False
+    engine: bool = True
 
 
 async def run(options: Options) -> str:
@@ -40,7 +41,7 @@ async def run(options: Options) -> str:
     ledger = Ledger(timeline)
     try:
         timeline.note("run", f"seed {options.seed}, {options.seconds:g} s, Redis AOF everysec")
-        async with open_stage(options.home, timeline) as stage:
+        async with open_stage(options.home, timeline, engine=options.engine) as stage:
             timeline.note("run", "all processes are ready")
             archive = Archive(stage)
             await _storm(options, stage, ledger)
@@ -57,7 +58,8 @@ async def run(options: Options) -> str:
 async def _storm(options: Options, stage: Stage, ledger: Ledger) -> None:
     """Producers work through the faults, and stay until their clients have their answers."""
     desk = Desk(stage.ports, ledger)
-    demo = await heard_alone(desk, demo_requests(seeded(options.seed, "demo")), random.Random(0))
+    requests = demo_requests(seeded(options.seed, "demo")) if options.engine else []
+    demo = await heard_alone(desk, requests, random.Random(0))
     stage.timeline.note("run", "faults begin; time starts anew")
     stage.timeline.zero()
     stage.stormy = True

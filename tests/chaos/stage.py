@@ -176,8 +176,8 @@ class Stage:
 
 
 @asynccontextmanager
-async def open_stage(home: Path, timeline: Timeline) -> AsyncIterator[Stage]:
-    """A running stage, ended with all its processes."""
+async def open_stage(home: Path, timeline: Timeline, *, engine: bool = True) -> AsyncIterator[Stage]:
+    """A running stage, ended with all its processes; `engine`: with a worker that runs the demo model."""
     redis = RedisUnderFire(home, timeline)
     await redis.start()
     reading, writing = os.pipe()
@@ -185,7 +185,7 @@ async def open_stage(home: Path, timeline: Timeline) -> AsyncIterator[Stage]:
         async with redis_proxy(redis.url) as proxy:
             await asyncio.to_thread(migrate, Settings(home=home))
             ports = tuple(free_port() for _ in range(APIS))
-            keeper = Keeper(_processes(home, proxy.url, ports, reading), timeline)
+            keeper = Keeper(_processes(home, proxy.url, ports, reading, engine), timeline)
             for process in keeper.processes:
                 process.start()
             keeping = asyncio.create_task(keeper.run())
@@ -202,7 +202,7 @@ async def open_stage(home: Path, timeline: Timeline) -> AsyncIterator[Stage]:
         await redis.stop()
 
 
-def _processes(home: Path, redis_url: str, ports: tuple[int, ...], pipe: int) -> list[Managed]:
+def _processes(home: Path, redis_url: str, ports: tuple[int, ...], pipe: int, engine: bool) -> list[Managed]:
     settings = environment(
         SPILLWAY_HOME=str(home),
         SPILLWAY_REDIS_URL=redis_url,
@@ -221,7 +221,7 @@ def _processes(home: Path, redis_url: str, ports: tuple[int, ...], pipe: int) ->
     return [
         *(managed(f"api-{n}", "api.cli", "api", SPILLWAY_PORT=str(port)) for n, port in enumerate(ports, 1)),
         *(managed(f"scripted-{n}", "tests.chaos.scripted_worker") for n in range(1, SCRIPTED_WORKERS + 1)),
-        managed("local-1", "workers", "local", "--model", "demo"),
+        *([managed("local-1", "workers", "local", "--model", "demo")] if engine else []),
         managed("scheduler", "api.cli", "scheduler"),
     ]
 

@@ -19,7 +19,7 @@ STARTED, FINISHED = encode_event(Started(worker="w")), encode_event(Finished(Usa
 SAID = Expected("a b c ", (0, 1, 2))
 
 
-@pytest.mark.timeout(420)  # start, storm and quiet take 90 s where the machine is free
+@pytest.mark.timeout(600)  # start, storm and quiet take 90 s where the machine is free
 async def test_every_accepted_job_ends_once_and_every_stream_is_exact_under_random_faults(tmp_path: Path) -> None:
     seed = secrets.randbelow(10**6)
     print(f"seed {seed}")
