@@ -80,7 +80,10 @@ class EmbeddedRedis:
             raise
 
     def stop(self) -> None:
-        """Ends the server with all accepted data on disk and leaves no process, socket or lock; idempotent."""
+        """Ends the server with all accepted data on disk and leaves no process, socket or lock; idempotent.
+
+        Raises StartupError where a server that lost its guard does not end.
+        """
         guard, self._guard = self._guard, None
         if guard is not None:
             for pipe in (guard.stdin, guard.stdout):
@@ -91,6 +94,8 @@ class EmbeddedRedis:
             except subprocess.TimeoutExpired:
                 guard.kill()
                 guard.wait()
+        if self._lock is not None:
+            self._end_orphan()  # of a guard that was killed: two servers on one append-only file would ruin it
         self._remove_leavings()
         if self._lock is not None:
             os.close(self._lock)

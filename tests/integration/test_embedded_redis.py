@@ -224,3 +224,22 @@ def test_after_a_crash_of_the_server_a_start_brings_it_back_at_the_same_url(home
     server.start()
     assert server.url == url and call(url, "GET", "kept") == b"yes"
     server.stop()
+
+
+def test_a_server_whose_guard_was_killed_is_ended_before_another_takes_its_data(home: Path) -> None:
+    """As `up` does when it sees the guard dead: two servers on one append-only file would ruin it."""
+    server = EmbeddedRedis(home)
+    server.start()
+    old = psutil.Process(server.pid)
+    try:
+        call(server.url, "SET", "k", "kept")
+        guard = old.parent()
+        assert guard is not None
+        guard.kill()
+        eventually(lambda: not server.alive)
+        server.stop()
+        eventually(lambda: not old.is_running() or old.status() == psutil.STATUS_ZOMBIE, within_s=1)
+        server.start()
+        assert call(server.url, "GET", "k") == b"kept"
+    finally:
+        server.stop()
