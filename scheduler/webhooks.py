@@ -40,6 +40,7 @@ AT_ONCE_ALL = 48  # below the control plane's 64 jobs: it has other work
 SLOW_S = 3.0  # an endpoint whose last try took longer gets one connection
 STINT_S = 30.0  # how long one job goes on with an endpoint's deliveries; below the control plane's time limit
 SWEEP_ENDPOINTS = 200
+SLOT_S = 10.0
 BUSY = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
 
 log = get_logger(__name__)
@@ -85,7 +86,7 @@ class WebhookSender:
     async def aclose(self) -> None:
         await self._client.aclose()
 
-    async def deliver(self, delivery_id: str) -> None:
+    async def deliver(self, delivery_id: str, _slot: str = "") -> None:
         """Try this delivery, then whatever else its endpoint waits for; nothing where the endpoint is busy enough."""
         endpoint_id = await self._deliveries.endpoint_of(delivery_id)
         if endpoint_id is None or not self._has_room(endpoint_id):
@@ -98,9 +99,13 @@ class WebhookSender:
             self._busy += Counter()  # drops endpoints at 0
 
     async def sweep(self) -> None:
-        """Kick what is due: lost kicks, retries, what a process left that died."""
+        """Kick what is due: lost kicks, retries, what a process left that died.
+
+        The slot makes it another job: one that died with its process keeps its name in arq for 70 s.
+        """
+        slot = str(int(time.time() / SLOT_S))
         for delivery_id in await self._deliveries.due(AT_ONCE, SWEEP_ENDPOINTS):
-            await self._kick(DELIVER, delivery_id)
+            await self._kick(DELIVER, delivery_id, slot)
 
     def _has_room(self, endpoint_id: str) -> bool:
         most = 1 if endpoint_id in self._slow else AT_ONCE

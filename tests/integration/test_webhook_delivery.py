@@ -47,7 +47,7 @@ class Stage:
         self.sender = WebhookSender(self.deliveries, self.endpoints, self._kick, settings, backoff_s)
 
     async def _kick(self, name: str, *args: str) -> None:
-        self.kicked += args
+        self.kicked += args[:1]
 
     async def endpoint(self, receiver: Receiver, *events: str) -> tuple[EndpointView, str]:
         return await self.endpoints.create("ann", receiver.url, "", events)
