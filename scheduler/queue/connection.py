@@ -57,6 +57,8 @@ class _CancellableWrites:
                 await super().send_packed_command(command, check_health=False)  # pyright: ignore
         except TimeoutError as error:
             raise RedisTimeoutError("Timeout writing to socket") from error
+        except RuntimeError as error:  # how uvloop says that the transport is closed
+            raise RedisConnectionError(f"the connection is closed: {error}") from error
         finally:
             self.socket_timeout = limit_s
 

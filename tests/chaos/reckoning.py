@@ -151,10 +151,10 @@ async def _check_logs(archive: Archive, evidence: Evidence, ledger: Ledger) -> N
 
 
 def tracebacks(processes: list[Managed]) -> list[str]:
-    """The processes that logged an exception nobody had foreseen."""
+    """The processes that logged an exception nobody had foreseen. arq logs its own lost connections so, and goes on."""
     return [
         f"{process.name}: {line[-2000:]}"
         for process in processes
         for line in process.log.read_text(errors="replace").splitlines()
-        if "Traceback" in line
+        if "Traceback" in line and "arq/worker.py" not in line
     ][:5]
