@@ -55,14 +55,14 @@ class Killer(threading.Thread):
         self.killed: Counter[str] = Counter()
         self._service = service
         self._rng = random.Random(SEED)
-        self._stop = threading.Event()
+        self._enough = threading.Event()
 
     def run(self) -> None:
-        while not self._stop.wait(self._rng.uniform(*PAUSE_S)):
+        while not self._enough.wait(self._rng.uniform(*PAUSE_S)):
             self._kill(min(ROLES, key=lambda role: (self.killed[role], self._rng.random())))
 
     def stop(self) -> None:
-        self._stop.set()
+        self._enough.set()
         self.join()
 
     def _kill(self, role: str) -> None:
