@@ -82,7 +82,7 @@ class Backend(Protocol):
     """Lifetime: start → (submit | cancel | events)* → close → start again, if it died. All on the worker's loop."""
 
     async def start(self) -> ModelCard:
-        """Load and warm up; raises StartupError with one line that says why not."""
+        """Load and warm up; raises StartupError with one line that says why not, BackendDied when killed meanwhile."""
         ...
 
     def capacity(self) -> Capacity: ...

@@ -16,7 +16,7 @@ from scheduler.model_card import ModelCard
 from scheduler.queue.fleet import Fleet
 from scheduler.settings import Settings
 from scheduler.telemetry import get_logger
-from workers.backend import Backend
+from workers.backend import Backend, BackendDied
 from workers.incarnation import Ending, Incarnation, WorkerParts
 from workers.shutdown import Shutdown, any_set
 
@@ -46,7 +46,7 @@ class Consumer:
         """Start the backend and work; returns when drained. Raises StartupError when the backend cannot run."""
         failure: StartupError | None = None
         try:
-            card = await self._start()
+            card = await self._first_start()
             if card is None:
                 return
             async with asyncio.TaskGroup() as group:
@@ -74,6 +74,12 @@ class Consumer:
                 case Ending.BACKEND_DIED:
                     card = await self._restart(time.monotonic() - began_s)
 
+    async def _first_start(self) -> ModelCard | None:
+        try:
+            return await self._start()
+        except BackendDied as death:
+            raise StartupError(str(death)) from death
+
     async def _start(self) -> ModelCard | None:
         """The backend's card; None where the worker is asked to end before it is there."""
         starting = asyncio.ensure_future(self._parts.backend.start())
@@ -91,6 +97,15 @@ class Consumer:
         return card
 
     async def _restart(self, lived_s: float) -> ModelCard | None:
+        """The backend's card, after as many starts as it takes: one that is killed while it loads is a quick death."""
+        while True:
+            try:
+                return await self._start_again(lived_s)
+            except BackendDied as death:
+                _log.error("backend died while it loaded", reason=str(death))
+                lived_s = 0.0
+
+    async def _start_again(self, lived_s: float) -> ModelCard | None:
         await self._parts.backend.close()
         self._quick_deaths = 1 if lived_s >= _STEADY_S else self._quick_deaths + 1
         if self._quick_deaths >= _MOST_QUICK_DEATHS:

@@ -1,7 +1,8 @@
 """The backend that runs jobs on this machine: one engine process with one model, and the account of what it holds.
 
 start ──Ready──► serving ──process ends, hangs or babbles──► BackendDied ──close──► start again
-  └── LoadFailed, early exit ──► StartupError
+  ├── LoadFailed, early exit ──► StartupError
+  └── killed while loading ──► BackendDied
 """
 
 from __future__ import annotations
@@ -178,7 +179,8 @@ class LocalBackend:
                 continue
             if not messages:
                 status = await pipe.exit_status()
-                raise StartupError(f"The engine process of {self._ref} ended while loading ({_explain(status)})")
+                ended = f"The engine process of {self._ref} ended while loading ({_explain(status)})"
+                raise BackendDied(ended) if status < 0 else StartupError(ended)
             return messages
 
     async def _read(self, pipe: EnginePipe) -> list[FromEngine]:

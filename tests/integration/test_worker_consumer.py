@@ -102,6 +102,35 @@ async def test_a_backend_that_dies_each_time_is_given_up_and_its_jobs_are_not_lo
     assert await fleet.workers() == []
 
 
+class KilledWhileLoading(EchoBackend):
+    """Dies at its first job, then is killed in its first restart, then works."""
+
+    async def start(self) -> ModelCard:
+        card = await super().start()
+        self._dies, self._events = self.starts == 1, asyncio.Queue(100)
+        if self.starts == 2:
+            raise BackendDied("killed while loading")
+        return card
+
+
+async def test_a_backend_that_is_killed_while_it_loads_again_is_started_once_more(
+    lifecycle: Lifecycle, fleet: Fleet, queue: JobQueue, settings: Settings
+) -> None:
+    backend, shutdown = KilledWhileLoading(), Shutdown()
+    running = asyncio.create_task(Consumer(backend, lifecycle, fleet, settings, shutdown).run())
+    await wait_until(lambda: _listed(fleet))
+    job_id = await _submit(lifecycle)
+
+    async def done() -> bool:
+        assert not running.done(), running
+        return await _state(queue, job_id) is JobState.SUCCEEDED
+
+    await wait_until(done)
+    assert backend.starts == 3
+    shutdown.request()
+    await asyncio.wait_for(running, 10)
+
+
 async def test_a_job_is_finished_after_its_last_token_and_its_row_is_free(
     lifecycle: Lifecycle, fleet: Fleet, queue: JobQueue, settings: Settings
 ) -> None:
