@@ -6,7 +6,6 @@ claim asks the same again, instead of leaving jobs with a worker that does not k
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import Sequence
@@ -29,19 +28,7 @@ from scheduler.queue.records import (
     claimed_job,
 )
 from scheduler.settings import Settings
-from scheduler.tokens import EventId, Failed, encode_event
-
-# Terminal events that the queue itself writes, in the order that `ends_from` (ending.lua) reads them.
-_ENDS: tuple[str | bytes, ...] = tuple(
-    part
-    for code, message in (
-        ("cancelled", "The job was cancelled."),
-        ("deadline_exceeded", "The job's deadline passed before it was done."),
-        ("worker_lost", "The job's worker died too often while it ran; it is kept as a dead letter for a day."),
-        ("queue_timeout", "The job waited for a worker longer than the queue keeps one; nothing of it was run."),
-    )
-    for part in (code, message, encode_event(Failed(code=code, message=message)))
-)
+from scheduler.tokens import EventId
 
 
 class JobQueue(QueueReader):
@@ -62,39 +49,22 @@ class JobQueue(QueueReader):
 
     async def enqueue(self, job: NewJob) -> Enqueued:
         """Accepts a job; raises QueueFull (with `retry_after_s`), IdempotencyMismatch."""
-        idem = "" if job.idempotency_key is None else idempotency_part(job.tenant, job.idempotency_key)
-        try:
-            reply = await self._run(
-                scripts.ENQUEUE,
-                job.id,
-                quoted(job.pool),
-                job.priority.value,
-                quoted(job.tenant),
-                job.body,
-                idem,
-                job.body_digest,
-                job.cost_tokens,
-                job.kv_tokens or job.cost_tokens,
-                job.rows,
-                _from_now(job.deadline_ms),
-                _from_now(job.not_before_ms),
-                self._settings.queue_ttl_s * 1000,
-                self._settings.queue_depth_cap,
-                job.model,
-                int(job.durable),
-                job.batch_id,
-                created_ms_of(job.id),
-            )
-        except QueueUnavailable as error:
-            if scripts.is_out_of_memory(error.__cause__):
-                raise _full("Redis is out of memory", 5000) from error
-            raise
+        (reply,) = await self._enqueue([job])
         return _accepted(job, reply)
 
     async def enqueue_many(self, jobs: Sequence[NewJob]) -> list[Enqueued | SpillwayError]:
         """`enqueue` for several in one round trip; each is accepted or refused on its own, refusals are returned."""
-        replies = await asyncio.gather(*(self.enqueue(job) for job in jobs), return_exceptions=True)
-        return [reply if isinstance(reply, Enqueued) else _refusal(reply) for reply in replies]
+        replies = await self._enqueue(jobs)
+        return [_accepted_or_refused(job, reply) for job, reply in zip(jobs, replies, strict=True)]
+
+    async def _enqueue(self, jobs: Sequence[NewJob]) -> list[Any]:
+        shared = self._settings.queue_ttl_s * 1000, self._settings.queue_depth_cap
+        try:
+            return await self._calls.run_each(scripts.ENQUEUE, self._prefix, shared, [_words(job) for job in jobs])
+        except QueueUnavailable as error:
+            if scripts.is_out_of_memory(error.__cause__):
+                raise _full("Redis is out of memory", 5000) from error
+            raise
 
     async def claim(
         self,
@@ -149,64 +119,44 @@ class JobQueue(QueueReader):
 
     async def finish(self, worker: str, job_id: str, attempt: int, outcome: Outcome) -> bool:
         """Ends this attempt; False: it was not this worker's any more, and nothing changed."""
-        usage = outcome.usage
-        reply = await self._run(
-            scripts.FINISH,
-            worker,
-            job_id,
-            attempt,
-            outcome.state.value,
-            outcome.payload,
-            outcome.error_code,
-            outcome.error_message[:2000],
-            usage.prompt_tokens,
-            usage.completion_tokens,
-            usage.cached_tokens,
-            -1 if outcome.retry_delay_ms is None else outcome.retry_delay_ms,
-            int(outcome.dead),
-            self._keep_ms,
-            *_ENDS,
-        )
-        return reply == 1
+        (stands,) = await self.finish_many(worker, [(job_id, attempt, outcome)])
+        return stands
 
     async def finish_many(self, worker: str, endings: Sequence[tuple[str, int, Outcome]]) -> list[bool]:
         """`finish` for several (job id, attempt, outcome) in one round trip; each is fenced on its own.
 
         After an error some of them may stand already: repeat them all.
         """
-        calls = (self.finish(worker, *ending) for ending in endings)
-        replies = await asyncio.gather(*calls, return_exceptions=True)
-        for reply in replies:
-            if isinstance(reply, BaseException):
-                raise reply
-        return [reply is True for reply in replies]
+        items = [(job_id, attempt, *_end_words(outcome)) for job_id, attempt, outcome in endings]
+        replies = await self._calls.run_each(scripts.FINISH, self._prefix, (worker, self._keep_ms), items)
+        return [reply == 1 for reply in replies]
 
     async def hand_back(self, worker: str, job_id: str, attempt: int, *, preempted: bool = False) -> bool:
         """Gives a running job back to be claimed next by anyone; counts as neither loss nor failure.
 
         `preempted`: it made room for a higher class, and is the first of its own class when that is served next.
         """
-        reply = await self._run(scripts.HAND_BACK, worker, job_id, attempt, self._keep_ms, int(preempted), *_ENDS)
+        reply = await self._run(scripts.HAND_BACK, worker, job_id, attempt, self._keep_ms, int(preempted))
         return reply == 1
 
     async def expire_worker(self, worker: str) -> int:
         """The worker's engine died: its jobs go on elsewhere now. Returns how many it held."""
-        return int(await self._run(scripts.EXPIRE_WORKER, worker, *self._limits(), *_ENDS))
+        return int(await self._run(scripts.EXPIRE_WORKER, worker, *self._limits()))
 
     async def retire_worker(self, worker: str) -> None:
         """A clean exit: lease and traces go; what it still held is handed back."""
-        await self._run(scripts.RETIRE_WORKER, worker, self._keep_ms, *_ENDS)
+        await self._run(scripts.RETIRE_WORKER, worker, self._keep_ms)
 
     async def sweep(self) -> SweepResult:
         """Time's work; any process may call it at `sweep_interval_ms`, Redis limits the rate."""
         reply = await self._run(
-            scripts.SWEEP, self._settings.sweep_interval_ms, self._settings.lease_ttl_ms, *self._limits(), *_ENDS
+            scripts.SWEEP, self._settings.sweep_interval_ms, self._settings.lease_ttl_ms, *self._limits()
         )
         return SweepResult(ran=False) if reply is None else SweepResult(True, *reply)
 
     async def cancel(self, job_id: str) -> JobState | None:
         """None: unknown. A waiting job is cancelled at once; RUNNING means that its worker was told."""
-        reply = await self._run(scripts.CANCEL, job_id, self._keep_ms, *_ENDS)
+        reply = await self._run(scripts.CANCEL, job_id, self._keep_ms)
         return _state(reply)
 
     async def release(self, ended: Sequence[tuple[str, int]], keep_ms: int) -> int:
@@ -255,6 +205,45 @@ class JobQueue(QueueReader):
         return self._keep_ms, self._settings.max_lost, self._settings.max_attempts
 
 
+def _words(job: NewJob) -> tuple[scripts.Argument, ...]:
+    """A job as the enqueue script reads it."""
+    idem = "" if job.idempotency_key is None else idempotency_part(job.tenant, job.idempotency_key)
+    return (
+        job.id,
+        quoted(job.pool),
+        job.priority.value,
+        quoted(job.tenant),
+        job.body,
+        idem,
+        job.body_digest,
+        job.cost_tokens,
+        job.kv_tokens or job.cost_tokens,
+        job.rows,
+        _from_now(job.deadline_ms),
+        _from_now(job.not_before_ms),
+        job.model,
+        int(job.durable),
+        job.batch_id,
+        created_ms_of(job.id),
+    )
+
+
+def _end_words(outcome: Outcome) -> tuple[scripts.Argument, ...]:
+    """An outcome as the finish script reads it."""
+    usage = outcome.usage
+    return (
+        outcome.state.value,
+        outcome.payload,
+        outcome.error_code,
+        outcome.error_message[:2000],
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        usage.cached_tokens,
+        -1 if outcome.retry_delay_ms is None else outcome.retry_delay_ms,
+        int(outcome.dead),
+    )
+
+
 def _accepted(job: NewJob, reply: Any) -> Enqueued:
     match reply:
         case [b"created", _]:
@@ -283,10 +272,11 @@ def _held(priority: Priority | None) -> str:
     return "*" if priority is None else priority.value
 
 
-def _refusal(error: BaseException) -> SpillwayError:
-    if not isinstance(error, SpillwayError):
-        raise error
-    return error
+def _accepted_or_refused(job: NewJob, reply: Any) -> Enqueued | SpillwayError:
+    try:
+        return _accepted(job, reply)
+    except SpillwayError as error:
+        return error
 
 
 def _from_now(at_ms: int | None) -> int:

@@ -20,6 +20,7 @@ from redis.exceptions import MasterDownError, NoScriptError, OutOfMemoryError, R
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from scheduler.errors import QueueUnavailable
+from scheduler.queue.endings import lua_ends
 from scheduler.queue.keys import lua_names
 
 _FOLDER = Path(__file__).parent / "lua"
@@ -32,12 +33,14 @@ CALL_TIMEOUT_S = 10.0  # one call with all its retries
 
 
 def _source(*names: str) -> str:
-    text = "\n".join((_FOLDER / f"{name}.lua").read_text(encoding="utf-8") for name in names)
-    return Template(text).substitute(lua_names())
+    *fragments, own = ((_FOLDER / f"{name}.lua").read_text(encoding="utf-8") for name in names)
+    if "settling" in names:
+        own = f"local function run()\n{own}end\nlocal reply = run()\nsettle()\nreturn reply\n"
+    return Template("\n".join([*fragments, own])).substitute(lua_names() | {"ends": lua_ends()})
 
 
 class Script:
-    """One Lua script. `Script("finish", "ready", "ending")`: own file last, fragments before it, `clock` first."""
+    """One Lua script: its own file last, fragments before it, `clock` first; with `settling` it settles at its end."""
 
     def __init__(self, name: str, *fragments: str) -> None:
         self.name = name
@@ -79,21 +82,24 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return isinstance(error, ResponseError) and "command not allowed when used memory" in str(error)
 
 
-ENQUEUE: Final = Script("enqueue", "ready")
-CLAIM: Final = Script("claim", "ready", "starting", "choosing", "preempting")
+_READY = ("settling", "ready")
+_ENDING = (*_READY, "ending")
+_REAPING = (*_ENDING, "reaping")
+ENQUEUE: Final = Script("enqueue", *_READY)
+CLAIM: Final = Script("claim", *_READY, "peeking", "starting", "choosing", "preempting")
 EMIT: Final = Script("emit")
-FINISH: Final = Script("finish", "ready", "ending")
-SWEEP: Final = Script("sweep", "ready", "ending", "reaping")
-REPRIORITISE: Final = Script("reprioritise", "ready")
-HOLD_UP: Final = Script("hold_up", "ready")
-REPLAY: Final = Script("replay", "ready", "ending")
-DISCARD: Final = Script("discard", "ready", "ending")
+FINISH: Final = Script("finish", *_ENDING)
+SWEEP: Final = Script("sweep", *_REAPING)
+REPRIORITISE: Final = Script("reprioritise", *_READY)
+HOLD_UP: Final = Script("hold_up", *_READY)
+REPLAY: Final = Script("replay", *_ENDING)
+DISCARD: Final = Script("discard", *_ENDING)
 LIST_JOBS: Final = Script("list_jobs")
-QUEUES: Final = Script("queues", "ready")
-RELEASE: Final = Script("release", "ready")
-CANCEL: Final = Script("cancel", "ready", "ending")
-HAND_BACK: Final = Script("hand_back", "ready", "ending")
-EXPIRE_WORKER: Final = Script("expire_worker", "ready", "ending", "reaping")
-RETIRE_WORKER: Final = Script("retire_worker", "ready", "ending", "reaping")
+QUEUES: Final = Script("queues", *_READY)
+RELEASE: Final = Script("release", *_READY)
+CANCEL: Final = Script("cancel", *_ENDING)
+HAND_BACK: Final = Script("hand_back", *_ENDING)
+EXPIRE_WORKER: Final = Script("expire_worker", *_REAPING)
+RETIRE_WORKER: Final = Script("retire_worker", *_REAPING)
 PUBLISH: Final = Script("publish")
 READ_REGISTRY: Final = Script("read_registry")

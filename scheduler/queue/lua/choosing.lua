@@ -22,14 +22,19 @@ end
 local function in_lane(asker, lane)
   if not asker.lanes[lane] then return nil end
   local stream = lane_stream(asker.pool, lane)
-  local sid, id = head(stream)
+  local sid, id = peek(asker, stream)
   if sid then return { stream = stream, sid = sid, id = id } end
   asker.lanes[lane] = false
 end
 
+local function held(asker)
+  if not asker.held then asker.held = redis.call('HKEYS', asker.own) end
+  return asker.held
+end
+
 local function held_urgent_rows(asker)
   local rows = 0
-  for _, id in ipairs(asker.held) do
+  for _, id in ipairs(held(asker)) do
     local seen = redis.call('HMGET', $job .. id, 'lane', 'rows')
     if seen[1] == 'urgent' then rows = rows + math.min(tonumber(seen[2]), asker.total_rows) end
   end
@@ -63,23 +68,45 @@ local function in_class(asker, class, tenant)
   local parked = in_lane(asker, 'parked:' .. class)
   if parked then return parked end
   local stream = $queue .. asker.pool .. ':' .. class .. ':' .. tenant
-  local sid, id = head(stream)
+  local sid, id = peek(asker, stream)
   return { stream = stream, sid = sid, id = id, class = class, tenant = tenant }
+end
+
+local function load_passes(asker)
+  local seen = redis.call('HMGET', $passes .. asker.pool, 'now', unpack(CLASSES))
+  asker.passes = { now = tonumber(seen[1] or 0) }
+  for i, class in ipairs(CLASSES) do asker.passes[class] = tonumber(seen[i + 1] or 0) end
+end
+
+local function save_passes(asker)
+  local fields = {}
+  for name, pass in pairs(asker.passes) do
+    fields[#fields + 1], fields[#fields + 2] = name, string.format('%.17g', pass)
+  end
+  redis.call('HSET', $passes .. asker.pool, unpack(fields))
+  expire($passes .. asker.pool, $counter_ms)
+end
+
+-- The least served tenant of a class that has work, or false. Who it is changes with every job of the class.
+local function least_served(asker, class)
+  if asker.least[class] == nil then
+    asker.least[class] = redis.call('ZRANGE', $active .. asker.pool .. ':' .. class, 0, 0)[1] or false
+  end
+  return asker.least[class]
 end
 
 -- The class with the least pass among those that have work and may go now.
 local function by_stride(asker)
-  local seen = redis.call('HMGET', $passes .. asker.pool, 'now', 'high', 'normal', 'low', 'batch')
-  local reached, best, chosen, tenant = tonumber(seen[1] or 0), nil, nil, nil
-  for i, class in ipairs(CLASSES) do
-    local pass = tonumber(seen[i + 1] or 0)
+  local best, chosen, tenant
+  for _, class in ipairs(CLASSES) do
+    local pass = asker.passes[class]
     if not asker.paused[class] and (not best or pass < best)
-      and not (class == 'batch' and is_held_back(asker, reached, pass)) then
-      local least = redis.call('ZRANGE', $active .. asker.pool .. ':' .. class, 0, 0)[1]
+      and not (class == 'batch' and is_held_back(asker, asker.passes.now, pass)) then
+      local least = least_served(asker, class)
       if least or asker.lanes['parked:' .. class] then best, chosen, tenant = pass, class, least end
     end
   end
-  asker.passes = { chosen = best, batch = tonumber(seen[5] or 0) }
+  asker.reached = best
   return chosen, tenant
 end
 

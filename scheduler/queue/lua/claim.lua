@@ -2,7 +2,8 @@
 -- Returns one {id, attempt, body, class, tenant, rows, lost, deadline, fails} per job, and ids of jobs to hand back.
 local asker = { worker = ARGV[1], pool = ARGV[4], own = $own .. ARGV[1], rows = tonumber(ARGV[5]),
   total_rows = tonumber(ARGV[6]), kv = tonumber(ARGV[7]), total_kv = tonumber(ARGV[8]),
-  urgent_slack = tonumber(ARGV[10]), kv_threshold = tonumber(ARGV[11]), jobs = {}, claims = {} }
+  urgent_slack = tonumber(ARGV[10]), kv_threshold = tonumber(ARGV[11]),
+  jobs = {}, claims = {}, readings = {}, given = {}, least = {} }
 local ttl, nonce, may_preempt = tonumber(ARGV[2]), ARGV[3], ARGV[9] == '1'
 redis.call('PEXPIRE', asker.own, $slack_ms)  -- always allowed, so that the script passes at maxmemory
 asker.now = now_ms()
@@ -16,31 +17,35 @@ local function repeated()
   for id in string.gmatch(last, ' (%S+)') do
     if redis.call('HEXISTS', asker.own, id) == 1 then jobs[#jobs + 1] = describe(id, load_job(id)) end
   end
-  return jobs
+  return with_bodies(jobs)
 end
 
 -- Takes the work; nil: there was none after all. Returns the job as second where it does not fit.
 local function serve(work)
   local job = work.id and load_job(work.id)
   if work.id and not (job and job.state == 'queued' and job.sid == work.sid) then
+    step(asker, work.stream)
     drop_entry(work.stream, work.sid)  -- its hash is gone: the entry belongs to nobody
     return nil
   end
   if job and not fits(asker, job) then return false, job end
   if job then take(asker, work, job) end
-  if work.class and not head(work.stream) then deactivate(asker.pool, work.class, work.tenant) end
+  if work.class and not peek(asker, work.stream) then
+    deactivate(asker.pool, work.class, work.tenant)
+    asker.least[work.class] = nil
+  end
 end
 
 -- A job that runs alone wants an idle worker: one worker stops claiming until it is idle. Returns whether such a job
 -- concerns this worker.
 local function solo()
-  if #asker.held == 1 and redis.call('HGET', $job .. asker.held[1], 'lane') == 'solo' then return true end
+  if asker.holds == 1 and redis.call('HGET', $job .. held(asker)[1], 'lane') == 'solo' then return true end
   local work, hold = in_lane(asker, 'solo'), $hold .. asker.pool
   if not work then return false end
   local holder = redis.call('GET', hold)
   if holder and holder ~= asker.worker then return false end
   redis.call('SET', hold, asker.worker, 'PX', $solo_hold_ms)
-  if #asker.held > 0 then return true end
+  if asker.holds > 0 then return true end
   serve(work)
   redis.call('DEL', hold)
   return true
@@ -81,8 +86,9 @@ local jobs = repeated()
 if jobs then return { jobs, {} } end
 look_at_lanes(asker)
 if asker.paused.all then return { {}, {} } end
-asker.held = redis.call('HKEYS', asker.own)
-asker.idle = #asker.held == 0
+load_passes(asker)
+asker.holds = redis.call('HLEN', asker.own)
+asker.idle = asker.holds == 0
 local more, preempt = nil, {}
 if not solo() and (asker.rows > 0 or may_preempt) then more, preempt = fill() end
 jobs = asker.jobs
@@ -91,8 +97,9 @@ if #jobs == 0 then return { jobs, preempt } end
 local ids = nonce
 for _, job in ipairs(jobs) do ids = ids .. ' ' .. job[1] end
 redis.call('SET', $lastclaim .. asker.worker, ids, 'PX', $rate_ms)
-redis.call('PEXPIRE', asker.own, $slack_ms)
-redis.call('PEXPIRE', $touched .. asker.worker, $slack_ms)
+expire(asker.own, $slack_ms)
+give_all(asker)
+save_passes(asker)
 note_rate()
 if more then ring(asker.pool, more) end
-return { jobs, preempt }
+return { with_bodies(jobs), preempt }

@@ -1,12 +1,29 @@
 -- Ends of an attempt and of a job: letting go of it, sealing its log, handing its outcome to the recorder.
 
+-- Ends that no worker writes, by why: state, code, message and terminal event (see endings.py).
+local ENDS = $ends
+
+-- What the recorder needs of a job, beside its attempts.
+local RECORDED = { 'state', 'pool', 'class', 'tenant', 'model', 'attempt', 'created', 'started', 'first', 'finished',
+  'deadline', 'code', 'message', 'prompt', 'completion', 'cached', 'durable', 'batch' }
+
 -- The worker's side of a running job goes: pending entry, ownership, a cancel that nobody needs to hear any more.
 local function release(id, job)
-  local stream = stream_of(job)
-  redis.pcall('XACK', stream, $group, job.sid)
-  drop_entry(stream, job.sid)
-  redis.call('HDEL', $own .. job.worker, id)
-  redis.call('SREM', $cancels .. job.worker, id)
+  give_up_entry(stream_of(job), job.sid)
+  put('hash', $own .. job.worker, id, false)
+  put('set', $cancels .. job.worker, id, false)
+end
+
+local function record(id, job)
+  local fields = { 'id', id }
+  local function note(name)
+    if job[name] ~= nil then fields[#fields + 1], fields[#fields + 2] = name, job[name] end
+  end
+  for _, name in ipairs(RECORDED) do note(name) end
+  for name in pairs(job) do
+    if string.sub(name, 1, 2) == 'a:' then note(name) end
+  end
+  redis.call('XADD', $done, 'MAXLEN', '~', $done_maxlen, '*', unpack(fields))
 end
 
 -- The job becomes terminal: last event, outcome to the recorder, TTLs. The caller took it out of queue or worker.
@@ -14,16 +31,12 @@ end
 -- until the recorder releases them, and, where it did not succeed, its body for a retry by hand.
 local function seal(id, job, now, final, keep_ms)
   local hash, log = $job .. id, $log .. id
-  local durable = job.durable == '1'
+  local durable, failed = job.durable == '1', (final.code or '') ~= ''
   if durable then keep_ms = math.max(keep_ms, $durable_keep_ms) end
   local last = job.attempt .. '-4294967295'
-  redis.call('HSET', hash, 'state', final.state, 'finished', now)
-  if final.code and final.code ~= '' then
-    redis.call('HSET', hash, 'code', final.code, 'message', final.message or '')
-  else
-    redis.call('HDEL', hash, 'code', 'message')
-  end
-  redis.call('HDEL', hash, 'sid', 'lane', 'cancel')
+  change(job, { state = final.state, finished = now, code = failed and final.code,
+    message = failed and (final.message or ''), sid = false, lane = false, cancel = false })
+  save(id, job)
   redis.call('XADD', log, last, 'p', final.payload)
   redis.call('PUBLISH', $channel .. id, last .. ' ' .. final.payload)
   redis.call('PEXPIRE', log, keep_ms)
@@ -33,10 +46,10 @@ local function seal(id, job, now, final, keep_ms)
   else
     redis.call('DEL', $body .. id)
   end
-  redis.call('ZREM', $deadlines, id)
-  redis.call('ZREM', $live, id)
-  redis.call('HINCRBY', $count, final.state, 1)
-  redis.call('XADD', $done, 'MAXLEN', '~', $done_maxlen, '*', 'id', id, unpack(redis.call('HGETALL', hash)))
+  put('zset', $deadlines, id, false)
+  put('zset', $live, id, false)
+  add($count, final.state, 1)
+  record(id, job)
 end
 
 -- A failed job that ran out of attempts: kept with its body for a day, and listed.
@@ -60,30 +73,19 @@ local function forget_dead_letter(id)
 end
 
 -- A job that may go on elsewhere: back to the ready streams, unless somebody ended it meanwhile.
--- `ends`: payloads and texts of cancelled and expired, as prepared by the caller; `lane`: another than make_ready's.
-local function requeue(id, job, now, ends, keep_ms, lane)
+-- `lane`: another than make_ready's.
+local function requeue(id, job, now, keep_ms, lane)
   if job.cancel then
-    seal(id, job, now, ends[job.cancel], keep_ms)
-    return job.cancel
+    local why = job.cancel
+    seal(id, job, now, ENDS[why], keep_ms)
+    return why
   end
   if job.deadline > 0 and job.deadline <= now then
-    seal(id, job, now, ends.expired, keep_ms)
+    seal(id, job, now, ENDS.expired, keep_ms)
     return 'expired'
   end
   count_depth(job, 1)
+  change(job, { worker = false })
   make_ready(id, job, now, lane)
-  redis.call('HDEL', $job .. id, 'worker')
   return 'queued'
-end
-
--- Terminal events that no worker writes come ready-made from the client: one (code, message, payload) per end.
-local function ends_from(first)
-  local ends = {}
-  local states = { cancelled = 'cancelled', expired = 'expired', lost = 'failed', timeout = 'expired' }
-  for i, name in ipairs({ 'cancelled', 'expired', 'lost', 'timeout' }) do
-    local at = first + (i - 1) * 3
-    ends[name] = { state = states[name], code = ARGV[at], message = ARGV[at + 1],
-      payload = ARGV[at + 2] }
-  end
-  return ends
 end

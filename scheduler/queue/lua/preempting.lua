@@ -3,10 +3,10 @@
 -- This worker's running batch jobs, the one that started last first.
 local function batch_jobs(asker)
   local found = {}
-  for _, id in ipairs(asker.held) do
+  for _, id in ipairs(held(asker)) do
     local job = load_job(id)
     if job and job.class == 'batch' and job.state == 'running' and not job.cancel then
-      local began = redis.call('HGET', $job .. id, 'a:' .. job.attempt) or '0'
+      local began = job['a:' .. job.attempt] or '0'
       found[#found + 1] = { id = id, rows = rows_of(asker, job), kv = job.kv, at = tonumber(string.match(began, '^%d+')) }
     end
   end
@@ -16,13 +16,13 @@ end
 
 -- Nobody is named where even all of them would not do, nor while stride finds that batch work got too little.
 local function name_victims(asker, work, job)
-  if job.class == 'batch' or #asker.held == 0 then return {} end
-  if work.class and not work.urgent and asker.passes.chosen >= asker.passes.batch then return {} end
+  if job.class == 'batch' or #held(asker) == 0 then return {} end
+  if work.class and not work.urgent and asker.reached >= asker.passes.batch then return {} end
   local rows, kv, ids = asker.rows, asker.kv, {}
   for _, batch in ipairs(batch_jobs(asker)) do
     ids[#ids + 1] = batch.id
     rows, kv = rows + batch.rows, kv + batch.kv
-    local empty = #ids == #asker.held and #asker.jobs == 0
+    local empty = #ids == #held(asker) and #asker.jobs == 0
     if rows_of(asker, job) <= rows and (empty or job.kv <= kv) then return ids end
   end
   return {}

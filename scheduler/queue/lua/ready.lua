@@ -1,23 +1,43 @@
 -- Ready streams: putting a job in, looking at the head, taking one out; class passes and tenant counters.
 
-local FIELDS = { 'state', 'pool', 'class', 'tenant', 'attempt', 'lost', 'fails', 'cost', 'kv', 'rows', 'qttl',
-  'deadline', 'lane', 'sid', 'worker', 'cancel', 'handed', 'durable' }
 local NUMBERS = { attempt = true, lost = true, fails = true, cost = true, kv = true, rows = true, qttl = true,
   deadline = true, handed = true }
 local ENDED = { succeeded = true, failed = true, cancelled = true, expired = true }
 local CLASSES = { 'high', 'normal', 'low', 'batch' }
 local WEIGHT = { high = 64, normal = 16, low = 4, batch = 1 }
 
--- The fields that decide about a job, or nil where the job is unknown.
+-- A job's hash as a table, its numbers 0 where they are not set; nil where the job is unknown.
 local function load_job(id)
-  local values = redis.call('HMGET', $job .. id, unpack(FIELDS))
-  if not values[1] then return nil end
-  local job = {}
-  for i, name in ipairs(FIELDS) do
-    local value = values[i] or nil
-    job[name] = NUMBERS[name] and tonumber(value or 0) or value
-  end
+  local flat = redis.call('HGETALL', $job .. id)
+  local job = { changed = {} }
+  for i = 1, #flat, 2 do job[flat[i]] = flat[i + 1] end
+  if not job.state then return nil end
+  for name in pairs(NUMBERS) do job[name] = tonumber(job[name] or 0) end
   return job
+end
+
+-- Fields of a job get new values, or go where the value is false; `save` writes them.
+local function change(job, fields)
+  for name, value in pairs(fields) do
+    if value ~= false or job[name] ~= nil then
+      job.changed[name] = value
+      job[name] = value or nil
+    end
+  end
+end
+
+local function save(id, job)
+  local kept, gone = {}, {}
+  for name, value in pairs(job.changed) do
+    if value == false then
+      gone[#gone + 1] = name
+    else
+      kept[#kept + 1], kept[#kept + 2] = name, value
+    end
+  end
+  if #kept > 0 then redis.call('HSET', $job .. id, unpack(kept)) end
+  if #gone > 0 then redis.call('HDEL', $job .. id, unpack(gone)) end
+  job.changed = {}
 end
 
 local function lane_stream(pool, lane)
@@ -32,8 +52,7 @@ local function stream_of(job)
 end
 
 local function count_in(hash, job, by)
-  local field = job.pool .. '|' .. job.class
-  if redis.call('HINCRBY', hash, field, by) <= 0 then redis.call('HDEL', hash, field) end
+  add(hash, job.pool .. '|' .. job.class, by)
 end
 
 local function count_depth(job, by)
@@ -42,13 +61,16 @@ end
 
 -- A job waits for its time, or does so no more.
 local function set_due(id, job, at)
-  if at then redis.call('ZADD', $due, at, id) else redis.call('ZREM', $due, id) end
+  put('zset', $due, id, at or false)
   count_in($scheduled, job, at and 1 or -1)
 end
 
 -- A tenant that comes back is lifted to the least served active one, a class to the pool's virtual time:
 -- nobody saves up service while idle.
+local activated = {}  -- in this script
 local function activate(pool, class, tenant)
+  if activated[pool .. ':' .. class .. ':' .. tenant] then return end
+  activated[pool .. ':' .. class .. ':' .. tenant] = true
   local active, counters, passes = $active .. pool .. ':' .. class, $counters .. pool .. ':' .. class, $passes .. pool
   if redis.call('ZSCORE', active, tenant) then return end
   local least = redis.call('ZRANGE', active, 0, 0, 'WITHSCORES')
@@ -62,6 +84,7 @@ local function activate(pool, class, tenant)
 end
 
 local function deactivate(pool, class, tenant)
+  activated[pool .. ':' .. class .. ':' .. tenant] = nil
   local active, counters, passes = $active .. pool .. ':' .. class, $counters .. pool .. ':' .. class, $passes .. pool
   local own = redis.call('ZSCORE', active, tenant)
   if not own then return end
@@ -77,16 +100,11 @@ local function deactivate(pool, class, tenant)
   end
 end
 
--- Adds to what a job's tenant was charged, wherever its counter is now.
-local function credit(job, tokens)
-  for _, kind in ipairs({ $active, $counters }) do
-    local key = kind .. job.pool .. ':' .. job.class
-    if redis.call('ZSCORE', key, job.tenant) then return redis.call('ZINCRBY', key, tokens, job.tenant) end
-  end
-end
-
 -- Wakes a worker with room and, where full ones hold batch work that they could give up for this class, one of them.
+local rung = {}  -- in this script
 local function ring(pool, class)
+  if rung[pool .. '|' .. class] then return end
+  rung[pool .. '|' .. class] = true
   redis.call('ZADD', $bell .. pool, 0, 'work')
   redis.call('PEXPIRE', $bell .. pool, $rate_ms)
   if class ~= 'batch' and redis.call('EXISTS', $full .. pool) == 1 then
@@ -95,51 +113,65 @@ local function ring(pool, class)
   end
 end
 
+local existing = {}  -- ready streams, in this script
 local function append(stream, id, keep)
-  if redis.call('EXISTS', stream) == 0 then redis.call('XGROUP', 'CREATE', stream, $group, '0', 'MKSTREAM') end
-  local sid = redis.call('XADD', stream, '*', 'id', id)
-  redis.call('PEXPIRE', stream, keep)
-  return sid
+  if not existing[stream] and redis.call('EXISTS', stream) == 0 then
+    redis.call('XGROUP', 'CREATE', stream, $group, '0', 'MKSTREAM')
+  end
+  existing[stream] = true
+  expire(stream, keep)
+  return redis.call('XADD', stream, '*', 'id', id)
 end
 
 -- Makes a job claimable: its class's queue at first, the resume lane once it was claimed, alone after two losses;
 -- or the lane that the caller names.
 local function make_ready(id, job, now, lane)
-  job.lane = (job.lost >= 2 and 'solo') or lane or (job.attempt > 0 and 'resume') or job.class
-  local keep = job.qttl + $slack_ms
-  job.sid = append(stream_of(job), id, keep)
-  if WEIGHT[job.lane] then
-    activate(job.pool, job.lane, job.tenant)
-    redis.call('PEXPIRE', $active .. job.pool .. ':' .. job.lane, keep)
+  lane = (job.lost >= 2 and 'solo') or lane or (job.attempt > 0 and 'resume') or job.class
+  local keep, limit = job.qttl + $slack_ms, now + job.qttl
+  change(job, { state = 'queued', lane = lane })
+  change(job, { sid = append(stream_of(job), id, keep) })
+  save(id, job)
+  if WEIGHT[lane] then
+    activate(job.pool, lane, job.tenant)
+    expire($active .. job.pool .. ':' .. lane, keep)
   end
-  redis.call('HSET', $job .. id, 'state', 'queued', 'lane', job.lane, 'sid', job.sid)
-  local limit = now + job.qttl
+  if job.attempt > 0 then
+    redis.call('PEXPIRE', $job .. id, keep)
+    redis.call('PEXPIRE', $body .. id, keep)
+  end
   if job.deadline > 0 then
     if job.deadline < limit then limit = job.deadline end
-    if WEIGHT[job.lane] and job.class ~= 'batch' then
+    if WEIGHT[lane] and job.class ~= 'batch' then
       redis.call('ZADD', $urgent .. job.pool, job.deadline, id)
-      redis.call('PEXPIRE', $urgent .. job.pool, keep)
+      expire($urgent .. job.pool, keep)
     end
   end
-  redis.call('ZADD', $deadlines, limit, id)
+  put('zset', $deadlines, id, limit)
   ring(job.pool, job.class)
+end
+
+-- The last entry of a ready stream that a worker was given; nil where there is no such stream.
+local function last_given(stream)
+  local info = redis.pcall('XINFO', 'GROUPS', stream)
+  if info.err or not info[1] then return nil end
+  for i = 1, #info[1], 2 do
+    if info[1][i] == 'last-delivered-id' then return info[1][i + 1] end
+  end
 end
 
 -- Entry id and job id of the first entry that no worker was given, or nil.
 local function head(stream)
-  local info = redis.pcall('XINFO', 'GROUPS', stream)
-  if info.err or not info[1] then return nil end
-  local last
-  for i = 1, #info[1], 2 do
-    if info[1][i] == 'last-delivered-id' then last = info[1][i + 1] end
-  end
-  local entry = redis.call('XRANGE', stream, '(' .. last, '+', 'COUNT', 1)[1]
+  local last = last_given(stream)
+  local entry = last and redis.call('XRANGE', stream, '(' .. last, '+', 'COUNT', 1)[1]
   if entry then return entry[1], entry[2][2] end
 end
 
 local function drop_entry(stream, sid)
   redis.call('XDEL', stream, sid)
-  if redis.call('XLEN', stream) == 0 then redis.call('DEL', stream) end
+  if redis.call('XLEN', stream) == 0 then
+    redis.call('DEL', stream)
+    existing[stream] = nil
+  end
 end
 
 -- Takes a waiting job (queued or scheduled) out of whatever it waits in.

@@ -15,6 +15,7 @@ local function held_jobs(worker)
 end
 
 local function forget_worker(worker)
+  settle()
   for _, stream in ipairs(redis.call('SMEMBERS', $touched .. worker)) do
     redis.pcall('XGROUP', 'DELCONSUMER', stream, $group, worker)
   end
@@ -23,23 +24,22 @@ local function forget_worker(worker)
 end
 
 -- One job lost with its worker. Returns what became of it: queued, cancelled, expired or dead.
-local function lose(id, job, now, ends, limits)
-  job.lost = job.lost + 1
+local function lose(id, job, now, limits)
+  change(job, { lost = job.lost + 1 })
   release(id, job)
-  redis.call('HSET', $job .. id, 'lost', job.lost)
   local over = job.lost >= limits.max_lost or job.lost + job.fails >= limits.max_attempts
   if over and not job.cancel then
-    bury(id, job, now, ends.lost, limits.keep_ms)
+    bury(id, job, now, ENDS.lost, limits.keep_ms)
     return 'dead'
   end
-  return requeue(id, job, now, ends, limits.keep_ms)
+  return requeue(id, job, now, limits.keep_ms)
 end
 
 -- All jobs of a worker go on elsewhere. Returns counts by what became of them.
-local function reap(worker, now, ends, limits)
+local function reap(worker, now, limits)
   local fates = { queued = 0, cancelled = 0, expired = 0, dead = 0 }
   for _, held in ipairs(held_jobs(worker)) do
-    local fate = lose(held.id, held.job, now, ends, limits)
+    local fate = lose(held.id, held.job, now, limits)
     fates[fate] = fates[fate] + 1
   end
   forget_worker(worker)

@@ -15,8 +15,8 @@ redis.call('HSET', hash, 'lost', 0, 'fails', 0, 'handed', 0, 'deadline', job.dea
 redis.call('DEL', $log .. id)  -- it begins anew, not after what the failed tries said
 redis.call('PEXPIRE', hash, job.qttl + $slack_ms)
 redis.call('PEXPIRE', body, job.qttl + $slack_ms)
-redis.call('ZADD', $live, ARGV[2], id)
-redis.call('HINCRBY', $count, 'accepted', 1)
+put('zset', $live, id, ARGV[2])
+add($count, 'accepted', 1)
 count_depth(job, 1)
 make_ready(id, job, now, job.class)
 return 'queued'

@@ -13,7 +13,7 @@ local function move_queued()
   job.class = class
   redis.call('HSET', $job .. id, 'class', class)
   make_ready(id, job, now_ms(), WEIGHT[lane] and class or 'parked:' .. class)
-  if limit then redis.call('ZADD', $deadlines, limit, id) end
+  if limit then put('zset', $deadlines, id, limit) end
   count_depth(job, 1)
 end
 

@@ -2,7 +2,6 @@
 -- Returns false where another sweep was just there, else {graced, workers, queued, dead, promoted, expired, cancelled}.
 local interval, ttl = tonumber(ARGV[1]), tonumber(ARGV[2])
 local limits = { keep_ms = tonumber(ARGV[3]), max_lost = tonumber(ARGV[4]), max_attempts = tonumber(ARGV[5]) }
-local ends = ends_from(6)
 redis.call('DEL', $gate .. ':none')  -- always allowed, so that the script passes at maxmemory
 local now = now_ms()
 local before = tonumber(redis.call('HGET', $sweep, 'at') or now - interval)
@@ -37,7 +36,7 @@ end
 
 local function reap_expired()
   for _, worker in ipairs(redis.call('ZRANGEBYSCORE', $lease, '-inf', now, 'LIMIT', 0, 8)) do
-    local fates = reap(worker, now, ends, limits)
+    local fates = reap(worker, now, limits)
     for fate, count in pairs(fates) do did[fate] = did[fate] + count end
     did.workers = did.workers + 1
   end
@@ -62,7 +61,7 @@ local function end_overdue()
     local job = load_job(id)
     if job and (job.state == 'queued' or job.state == 'scheduled') then
       leave_queue(id, job)
-      seal(id, job, now, job.deadline > 0 and job.deadline <= now and ends.expired or ends.timeout, limits.keep_ms)
+      seal(id, job, now, job.deadline > 0 and job.deadline <= now and ENDS.expired or ENDS.timeout, limits.keep_ms)
       did.expired = did.expired + 1
     elseif job and job.state == 'running' then
       redis.call('HSETNX', $job .. id, 'cancel', 'expired')
@@ -103,7 +102,9 @@ note_failover()
 if now - before > math.max(ttl / 2, interval * 2) then grace() end
 reap_expired()
 promote()
+settle()
 end_overdue()
+settle()
 ring_for_backlog()
 gate()
 prune_live()
