@@ -6,11 +6,13 @@ import time
 
 from fastapi import Request, Response
 
+from api.job_lookup import KnownJob, look_up
 from api.job_order import AsyncOrder, accept_order, accepted_job
 from api.job_result import accepted_response, result_response
 from api.request_headers import Preference
 from api.services import Services
 from api.sse import while_connected
+from scheduler.errors import QueueUnavailable
 
 READ_SLICE_S = 1.0  # a waiting request looks up this often, to see whether the server stops
 
@@ -23,15 +25,25 @@ async def answer_asynchronously(request: Request, order: AsyncOrder, preference:
     services: Services = request.app.state.services
     accepted = await accept_order(services, order)
     request.state.job_id = accepted.job_id
-    if preference.wait_s is not None:
-        await while_connected(request.receive, _ended(services, accepted.job_id, preference.wait_s))
     job = await accepted_job(services, accepted)
+    if preference.wait_s is not None:
+        job = await while_connected(request.receive, _after(services, job, preference.wait_s))
     if preference.wait_s is None or not job.state.is_terminal:
         response = accepted_response(job)
     else:
         response = await result_response(services, job)
     response.headers.update(preference.applied)
     return response
+
+
+async def _after(services: Services, job: KnownJob, wait_s: float) -> KnownJob:
+    """The job after its end, or after the wait; as it was where Redis went away: it is accepted all the same."""
+    try:
+        await _ended(services, job.id, wait_s)
+        after = await look_up(services, job.id)
+    except QueueUnavailable:
+        return job
+    return job if after is None else after
 
 
 async def _ended(services: Services, job_id: str, wait_s: float) -> None:

@@ -1,26 +1,40 @@
-"""Cancels a job wherever it is: held in SQL, waiting or running in Redis."""
+"""Cancels a job wherever it is: held in SQL, waiting or running in Redis, lost by Redis."""
 
 from __future__ import annotations
 
-from api.job_lookup import KnownJob
+from api.job_lookup import KnownJob, check_reach
 from api.services import Services
-from scheduler.errors import JobConflict, JobNotFound, QueueUnavailable
+from scheduler.errors import JobConflict, JobNotFound
 from scheduler.job import JobState
 
 
 async def cancel(services: Services, job: KnownJob) -> JobState:
     """The state after: CANCELLED, or RUNNING where its worker was told. Raises JobConflict where it is too late."""
-    if job.state is JobState.CANCELLED:
-        return job.state
     if job.state.is_terminal:
-        raise JobConflict(f"{job.id} has already {job.state.value}; there is nothing to cancel.")
+        return _over(job, job.state)
     if not job.in_redis and await services.durable.cancel_held(job.id):
         return JobState.CANCELLED
+    check_reach(services, job)
     state = await services.lifecycle.cancel(job.id)
-    if state is not None:
-        return state
+    if state is None:
+        return await _cancel_lost(services, job)
+    return _over(job, state) if state.is_terminal else state
+
+
+async def _cancel_lost(services: Services, job: KnownJob) -> JobState:
+    """Redis does not know the job, whatever SQL says."""
     if job.durable is None:
         raise JobNotFound(f"{job.id} was lost.", param="job_id")
-    if await services.durable.cancel_held(job.id):  # it went back to SQL meanwhile
+    if await services.durable.cancel_open(job.id):
+        await services.lifecycle.cancel(job.id)  # the stager may have brought it again just before
         return JobState.CANCELLED
-    raise QueueUnavailable(f"{job.id} is being brought back to the queue; cancel it in a moment.", retry_after_s=5)
+    row = await services.durable.get(job.id)
+    if row is None:
+        raise JobNotFound(f"{job.id} was removed.", param="job_id")
+    return _over(job, row.state)
+
+
+def _over(job: KnownJob, state: JobState) -> JobState:
+    if state is not JobState.CANCELLED:
+        raise JobConflict(f"{job.id} has already {state.value}; there is nothing to cancel.")
+    return state

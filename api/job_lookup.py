@@ -1,10 +1,12 @@
 """A job wherever it is: Redis (waiting, running, ended not long ago), its durable row, the record of its end.
 
 Redis knows best what it has; the durable row knows what was asked for. Called by all routes that show or change a job.
+While Redis is away, what rests in SQL (held, or over) is shown all the same.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Annotated
@@ -15,7 +17,7 @@ from api.auth import Principal, require_principal
 from api.protocols.parameters import BadParameter
 from api.services import Services
 from scheduler.db.durable_rows import DurableView, Stage
-from scheduler.errors import JobNotFound
+from scheduler.errors import JobConflict, JobNotFound, QueueUnavailable
 from scheduler.job import JobState, JobView, shard_of
 
 Caller = Annotated[Principal, Depends(require_principal)]
@@ -51,12 +53,36 @@ async def look_up(services: Services, job_id: str) -> KnownJob | None:
         shard = shard_of(job_id)
     except ValueError:
         return None
-    live = await services.queue.view(job_id) if shard == services.settings.shard else None
+    try:
+        live = await services.queue.view(job_id) if shard == services.settings.shard else None
+    except QueueUnavailable:
+        job = await _at_rest(services, job_id)
+        if job is None:
+            raise
+        return job
     if live is not None and not live.durable:
         return KnownJob(live, None, in_redis=True)
     durable = await services.durable.get(job_id)
     recorded = None if live is not None or _is_open(durable) else await services.jobs.get(job_id)
     return merged(live, durable, recorded)
+
+
+def check_reach(services: Services, job: KnownJob) -> None:
+    """Raise JobConflict where another shard's Redis has the job: what is done to it must be done there."""
+    shard = shard_of(job.id)
+    if shard != services.settings.shard:
+        raise JobConflict(
+            f"{job.id} runs on shard {shard!r}, and this server on {services.settings.shard!r}; ask there."
+        )
+
+
+async def _at_rest(services: Services, job_id: str) -> KnownJob | None:
+    """The job as SQL has it, where Redis has no more to say of it."""
+    durable = await services.durable.get(job_id)
+    if durable is not None and durable.stage is Stage.SENT:
+        return None
+    recorded = None if _is_open(durable) else await services.jobs.get(job_id)
+    return merged(None, durable, recorded)
 
 
 def merged(live: JobView | None, durable: DurableView | None, recorded: JobView | None) -> KnownJob | None:
@@ -86,9 +112,10 @@ def _is_open(durable: DurableView | None) -> bool:
 
 
 def _view_of_row(row: DurableView) -> JobView:
+    is_later = row.not_before_ms is not None and row.not_before_ms > time.time() * 1000
     return JobView(
         id=row.id,
-        state=row.state,
+        state=JobState.SCHEDULED if is_later and row.state is JobState.QUEUED else row.state,
         pool=row.model,
         model=row.model,
         priority=row.priority,

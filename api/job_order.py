@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from api.job_lookup import KnownJob, look_up
+from api.job_lookup import KnownJob, look_up, merged
 from api.protocols.native_job import JobCall
 from api.protocols.parameters import BadParameter
 from api.services import Services
@@ -61,8 +61,11 @@ async def accept_order(services: Services, order: AsyncOrder) -> Accepted:
 
 
 async def accepted_job(services: Services, accepted: Accepted) -> KnownJob:
-    """The job that answers an order."""
-    job = await look_up(services, accepted.job_id)
+    """The job that answers an order. A new one is shown as SQL has it: Redis may be away, and the job is accepted."""
+    if accepted.created:
+        job = merged(None, await services.durable.get(accepted.job_id), None)
+    else:
+        job = await look_up(services, accepted.job_id)
     if job is None:
         raise InternalError(f"{accepted.job_id} was accepted and is gone.")
     return job

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from api.auth import Principal
 from api.errors import ResultExpired
-from api.job_lookup import KnownJob, find_job, look_up
+from api.job_lookup import KnownJob, check_reach, find_job, look_up
 from api.services import Services
 from scheduler.errors import JobConflict
 from scheduler.job import JobState
@@ -14,6 +14,7 @@ async def retry_job(services: Services, caller: Principal, job_id: str) -> Known
     """The job as it is after. Raises JobNotFound, JobConflict, and ResultExpired where its request is gone."""
     job = await find_job(services, caller, job_id)
     _check(job)
+    check_reach(services, job)
     if job.in_redis:
         await _replay(services, job)
     elif job.durable is None or not await services.durable.reopen(job.id, hold=True):

@@ -1,23 +1,23 @@
 """Brings committed durable jobs to Redis: at once when they are accepted (acceptance.py), else later (loops/stager.py).
 
 Redis first, then the row: a crash between the two only means that the job is sent again under its id, which changes
-nothing. Where a row ended meanwhile (its client cancelled it) its job is cancelled in Redis as well.
+nothing. What became of a row meanwhile (its client cancelled it, or gave it another class) is done in Redis as well.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from scheduler.db.durable_ends import End
-from scheduler.db.durable_rows import DurableView
+from scheduler.db.durable_rows import DurableView, Stage
 from scheduler.db.outbox_rows import OutboxRows, Route
 from scheduler.errors import CapacityError, InternalError, QueueUnavailable, SpillwayError, UnknownModel
-from scheduler.job import JobState
+from scheduler.job import JobState, Priority
 from scheduler.lifecycle import Lifecycle
 from scheduler.request import InferenceRequest, decode_request
 from scheduler.telemetry import get_logger
@@ -55,14 +55,19 @@ class Outbox:
         await self._mark(sending.sent)
         return Sent(frozenset(sending.sent), sending.refused, sending.away)
 
-    async def _mark(self, job_ids: Sequence[str]) -> None:
-        if not job_ids:
+    async def _mark(self, sent: Mapping[str, Priority]) -> None:
+        """`sent`: the class in which each job went to Redis."""
+        if not sent:
             return
-        unmarked = set(job_ids) - await self._rows.mark_sent(job_ids)
-        if not unmarked:
-            return
-        for job_id in await self._rows.over(unmarked):  # the others were marked by another process
-            await self._lifecycle.cancel(job_id)
+        classes = await self._rows.mark_sent(list(sent))
+        unmarked = sent.keys() - classes.keys()
+        if unmarked:  # another process marked them, or they are over
+            standing = await self._rows.standing(unmarked)
+            for job_id in [name for name, (stage, _) in standing.items() if stage is Stage.DONE]:
+                await self._lifecycle.cancel(job_id)
+            classes |= {name: class_ for name, (stage, class_) in standing.items() if stage is not Stage.DONE}
+        for job_id in [name for name, class_ in classes.items() if sent[name] is not class_]:
+            await self._lifecycle.reprioritise(job_id, classes[job_id])
 
     async def _bury(self, job_ids: Sequence[str]) -> None:
         if job_ids:
@@ -74,7 +79,7 @@ class _Sending:
     """One round: what came through, and which routes do not take more."""
 
     def __init__(self, lifecycle: Lifecycle) -> None:
-        self.sent: list[str] = []
+        self.sent: dict[str, Priority] = {}
         self.refused: dict[Route, SpillwayError] = {}
         self.away: QueueUnavailable | None = None
         self._lifecycle = lifecycle
@@ -100,7 +105,7 @@ class _Sending:
         except (CapacityError, UnknownModel) as error:
             self.refused[route] = error
         else:
-            self.sent.append(job.id)
+            self.sent[job.id] = job.priority
 
 
 def _read(job: DurableView) -> InferenceRequest | None:

@@ -12,17 +12,19 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
 
-from api.errors import EventsExpired
-from api.job_lookup import Caller, find_job
+from api.job_lookup import Caller, check_reach, find_job
+from api.job_outlook import opening, outlook, restart_after
 from api.protocols.openai_chat_answer import usage_body
 from api.protocols.parameters import BadParameter
 from api.services import Services
 from api.sse import KEEP_ALIVE, EventStream, sse_event
-from scheduler.errors import QueueUnavailable, SpillwayError
+from scheduler.errors import ShuttingDown
 from scheduler.queue.token_bus import Subscription
 from scheduler.tokens import SEQ_TERMINAL, ChoiceDelta, Delta, EventId, Failed, Finished, Started, TokenEvent
 
 READ_SLICE_S = 1.0
+HELD_LOOK_S = 2.0
+_HEADERS = {"cache-control": "no-cache"}
 _EVENT_ID = re.compile(r"[0-9]{1,10}-[0-9]{1,10}")
 router = APIRouter()
 
@@ -35,11 +37,14 @@ async def job_events(request: Request, caller: Caller, job_id: str) -> Response:
     job = await find_job(services, caller, job_id)
     request.state.job_id = job.id
     if after is not None and after.is_terminal:
-        if after.attempt >= job.view.attempt or job.state.is_terminal:
+        if job.state.is_terminal:
             return Response(status_code=204)  # tells an EventSource to stop reconnecting
-        after = EventId(after.attempt, SEQ_TERMINAL + 1)  # tried again since: what follows that end
-    if not job.in_redis and job.state.is_terminal:
-        raise EventsExpired(f"The events of {job.id} are no longer kept; its record is at /v1/jobs/{job.id}.")
+        after = restart_after(job, after)
+    ending = opening(job, after)
+    if ending is not None:
+        return Response(_line(ending.at, ending.event), headers=_HEADERS, media_type="text/event-stream")
+    if not job.state.is_terminal:
+        check_reach(services, job)
     return EventsStream(services, job.id, after)
 
 
@@ -60,38 +65,62 @@ class EventsStream(Response):
             await EventStream(lines)(scope, receive, send)
 
     async def _lines(self, subscription: Subscription) -> AsyncGenerator[bytes]:
-        keepalive_s = self._services.settings.keepalive_s
-        written = time.monotonic()
+        silence = _Silence(self._services.settings.keepalive_s)
         while not subscription.ended:
-            left = written + keepalive_s - time.monotonic()
-            events = await subscription.read(min(max(left, 0.0), READ_SLICE_S))
+            events = await subscription.read(silence.left_s)
             try:
                 self._services.drain.check()
-            except SpillwayError:
+            except ShuttingDown:
                 return  # the cursor is with the client: it goes on at the next server
             if events:
-                yield b"".join(sse_event(str(at), *_named(event)) for at, event in events)
-            elif left > 0:
-                continue
-            elif await self._over(subscription):
-                return
-            else:
+                yield b"".join(_line(at, event) for at, event in events)
+                silence.broken()
+            elif silence.look_due:
+                found = await outlook(self._services, self._job_id, subscription.last_id)
+                if found.ending is not None:
+                    yield _line(found.ending.at, found.ending.event)
+                if found.over:
+                    return
+                silence.looked(found.in_redis)
+            if silence.comment_due:
                 yield KEEP_ALIVE
-            written = time.monotonic()
+                silence.commented()
 
-    async def _over(self, subscription: Subscription) -> bool:
-        """After a long silence: whether nothing can follow any more, the job being lost, or done before the cursor."""
-        queue = self._services.queue
-        try:
-            job = await queue.view(self._job_id)
-            if job is None:
-                durable = await self._services.durable.get(self._job_id)
-                return durable is None or durable.state.is_terminal
-            if not job.state.is_terminal:
-                return False
-            return not await queue.read_events(self._job_id, subscription.last_id, 1)
-        except QueueUnavailable:
-            return False
+
+class _Silence:
+    """When a silent stream sends a comment, and when it looks whether anything can follow: soon, where only a look
+    tells of the end, as a job's that is held in SQL.
+    """
+
+    def __init__(self, keepalive_s: float) -> None:
+        self._keepalive_s = keepalive_s
+        self.looked(in_redis=False)
+        self.commented()
+
+    @property
+    def left_s(self) -> float:
+        left_s = min(self._comment_at, self._look_at) - time.monotonic()
+        return min(max(left_s, 0.0), READ_SLICE_S)
+
+    @property
+    def look_due(self) -> bool:
+        return time.monotonic() >= self._look_at
+
+    @property
+    def comment_due(self) -> bool:
+        return time.monotonic() >= self._comment_at
+
+    def broken(self) -> None:
+        """An event was sent."""
+        self.looked(in_redis=True)
+        self.commented()
+
+    def looked(self, in_redis: bool) -> None:
+        pause_s = self._keepalive_s if in_redis else min(HELD_LOOK_S, self._keepalive_s)
+        self._look_at = time.monotonic() + pause_s
+
+    def commented(self) -> None:
+        self._comment_at = time.monotonic() + self._keepalive_s
 
 
 def _read_cursor(request: Request) -> EventId | None:
@@ -103,6 +132,10 @@ def _read_cursor(request: Request) -> EventId | None:
             f"'{text[:40]}' is no event id; one looks like 1-42.", param="Last-Event-ID", reason="invalid_value"
         )
     return at
+
+
+def _line(at: EventId, event: TokenEvent) -> bytes:
+    return sse_event(str(at), *_named(event))
 
 
 def _named(event: TokenEvent) -> tuple[str, bytes]:

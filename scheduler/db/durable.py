@@ -12,7 +12,7 @@ from sqlalchemy import func
 from sqlmodel import col, or_, select, update
 from sqlmodel.ext.asyncio.session import AsyncSession
 
-from scheduler.db.durable_ends import CANCELLED, End, end_held
+from scheduler.db.durable_ends import CANCELLED, End, end_held, end_open
 from scheduler.db.durable_rows import (
     Accepted,
     DurableView,
@@ -95,8 +95,15 @@ class DurableStore:
 
     async def cancel_held(self, job_id: str) -> bool:
         """Cancel a job that is not in Redis yet. False: it is, or it is over, or unknown."""
+        return await self._cancel(job_id, Stage.HELD)
+
+    async def cancel_open(self, job_id: str) -> bool:
+        """Cancel a job of which Redis knows nothing (any more), sent or not. False: it is over, or unknown."""
+        return await self._cancel(job_id, Stage.HELD, Stage.SENT)
+
+    async def _cancel(self, job_id: str, *stages: Stage) -> bool:
         async with self._database.session() as session:
-            ended = await end_held(session, CANCELLED, _now_ms(), col(DurableJob.id) == job_id)
+            ended = await end_open(session, CANCELLED, _now_ms(), stages, col(DurableJob.id) == job_id)
             await session.commit()
         return bool(ended)
 

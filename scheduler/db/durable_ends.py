@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import ColumnElement
 from sqlmodel import col, update
@@ -34,9 +35,16 @@ EXPIRED = End(JobState.EXPIRED, "deadline_exceeded", "The job's deadline passed 
 
 async def end_held(session: AsyncSession, end: End, now_ms: int, *which: ColumnElement[bool]) -> list[str]:
     """End those of the chosen rows that are held; their ids. Lines of a batch leave no other trace: they never ran."""
+    return await end_open(session, end, now_ms, (Stage.HELD,), *which)
+
+
+async def end_open(
+    session: AsyncSession, end: End, now_ms: int, stages: Sequence[Stage], *which: ColumnElement[bool]
+) -> list[str]:
+    """The same for rows of these stages; nobody may run what is ended as `sent`."""
     ended = await session.exec(
         update(DurableJob)
-        .where(col(DurableJob.stage) == Stage.HELD.value, *which)
+        .where(col(DurableJob.stage).in_([stage.value for stage in stages]), *which)
         .values(
             stage=Stage.DONE.value,
             state=end.state.value,
@@ -59,25 +67,7 @@ async def end_held(session: AsyncSession, end: End, now_ms: int, *which: ColumnE
         .execution_options(synchronize_session=False)
     )
     rows = ended.all()
-    jobs = [
-        JobView(
-            id=row.id,
-            state=end.state,
-            pool=row.model,
-            model=row.model,
-            priority=Priority(row.priority),
-            tenant=row.tenant,
-            attempt=row.attempt,
-            created_ms=row.created_ms,
-            finished_ms=now_ms,
-            deadline_ms=row.deadline_ms,
-            error_code=end.code,
-            error_message=end.message,
-            durable=True,
-        )
-        for row in rows
-        if row.batch_id is None
-    ]
+    jobs = [_view(row, end, now_ms) for row in rows if row.batch_id is None]
     await settle(session, jobs, {row.id: row.webhook_id for row in rows})
     return [row.id for row in rows]
 
@@ -95,3 +85,22 @@ def _event(job: JobView, webhook_id: str | None) -> WebhookEvent:
     # A job that is tried again may end the same way again, at another time.
     at_ms = job.created_ms if job.finished_ms is None else job.finished_ms
     return WebhookEvent(f"job.{job.state.value}", job.tenant, job.id, at_ms, turn=at_ms, webhook_id=webhook_id)
+
+
+def _view(row: Any, end: End, now_ms: int) -> JobView:
+    """An ended row's columns as a job."""
+    return JobView(
+        id=row.id,
+        state=end.state,
+        pool=row.model,
+        model=row.model,
+        priority=Priority(row.priority),
+        tenant=row.tenant,
+        attempt=row.attempt,
+        created_ms=row.created_ms,
+        finished_ms=now_ms,
+        deadline_ms=row.deadline_ms,
+        error_code=end.code,
+        error_message=end.message,
+        durable=True,
+    )

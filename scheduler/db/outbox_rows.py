@@ -61,22 +61,20 @@ class OutboxRows:
             counted = {name: count for name, count in await session.exec(sent)}
         return {name: counted.get(name, 0) for name in ids}
 
-    async def mark_sent(self, job_ids: Sequence[str]) -> set[str]:
-        """Redis has these now; those that were still held."""
+    async def mark_sent(self, job_ids: Sequence[str]) -> dict[str, Priority]:
+        """Redis has these now; those that were still held, with the class that each has by now."""
         mark = update(DurableJob).where(_is_held, _id.in_(job_ids)).values(stage=Stage.SENT.value)
+        mark = mark.values(state=JobState.QUEUED.value).returning(_id, col(DurableJob.priority))
         async with self._database.session() as session:
-            marked = await session.exec(
-                mark.values(state=JobState.QUEUED.value).returning(_id).execution_options(**_PLAIN)
-            )
-            ids = set(marked.scalars())
+            marked = (await session.exec(mark.execution_options(**_PLAIN))).all()
             await session.commit()
-        return ids
+        return {job_id: Priority(name) for job_id, name in marked}
 
-    async def over(self, job_ids: Collection[str]) -> list[str]:
-        """Those of these jobs that are done."""
-        done = select(_id).where(_id.in_(job_ids), col(DurableJob.stage) == Stage.DONE.value)
+    async def standing(self, job_ids: Collection[str]) -> dict[str, tuple[Stage, Priority]]:
+        """How these jobs stand."""
+        rows = select(_id, col(DurableJob.stage), col(DurableJob.priority)).where(_id.in_(job_ids))
         async with self._database.session() as session:
-            return list(await session.exec(done))
+            return {job_id: (Stage(stage), Priority(name)) for job_id, stage, name in await session.exec(rows)}
 
     async def end_held(self, job_ids: Collection[str], end: End, now_ms: int) -> list[str]:
         """End those of these that are held; their ids."""

@@ -6,13 +6,15 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scheduler.db.keys import KeyStore
 from scheduler.db.models import WebhookEndpoint
-from tests.api_stage import Answer, Stage, running_api_alone, wait_until
+from scheduler.queue.embedded import EmbeddedRedis
+from tests.api_stage import Answer, Stage, running_api, wait_until
 from tests.scheduling_stage import running_durable_api
 
 CHAT = "/v1/chat/completions"
@@ -95,7 +97,10 @@ def test_a_job_for_later_is_held_shown_listed_and_cancelled(stage: Stage) -> Non
     assert (cancelled.status, cancelled.json["state"]) == (200, "cancelled")
     refused = stage.request("GET", f"/v1/jobs/{job['id']}/result")
     assert (refused.status, refused.error["code"]) == (409, "cancelled")
-    assert stage.request("GET", f"/v1/jobs/{job['id']}/events").status == 410
+    events = stage.request("GET", f"/v1/jobs/{job['id']}/events")
+    assert (events.status, events.headers["content-type"].partition(";")[0]) == (200, "text/event-stream")
+    assert events.body.startswith(b"id: 0-4294967295\nevent: failed\ndata: ") and b'"code":"cancelled"' in events.body
+    assert stage.request("GET", f"/v1/jobs/{job['id']}/events", Last_Event_ID="0-4294967295").status == 204
 
 
 def test_a_delayed_job_runs_when_it_is_due(stage: Stage) -> None:
@@ -235,11 +240,25 @@ def test_a_contradictory_wish_is_refused(stage: Stage, prefer: str, fields: dict
     assert (answer.status, answer.error["param"]) == (400, param)
 
 
-def test_jobs_are_accepted_while_redis_is_away(tmp_path_factory: pytest.TempPathFactory) -> None:
-    with running_api_alone(tmp_path_factory.mktemp("away"), workers=0) as stage:
-        accepted = submit(stage, "hi", {}, delay_ms=3_600_000)
-        assert accepted.status == 202
-        assert stage.live_jobs() == []
+def test_jobs_are_accepted_while_redis_is_away(tmp_path: Path) -> None:
+    server = EmbeddedRedis(tmp_path / "redis")
+    server.start()
+    try:
+        with running_api(server.url, tmp_path / "home", workers=0) as stage:
+            server.stop()
+            order = {"Idempotency_Key": "order-2"}
+            accepted = [submit(stage, "hi", order), submit(stage, "hi", order), submit(stage, "hi", delay_ms=9000)]
+            asynchronous = stage.request("POST", CHAT, stage.chat("hi"), Prefer="respond-async, wait=1")
+            assert [answer.status for answer in (*accepted, asynchronous)] == [202, 200, 202, 202]
+            first, again, later, waited = (answer.json for answer in (*accepted, asynchronous))
+            assert (first["id"], first["state"], later["state"]) == (again["id"], "queued", "scheduled")
+            assert stage.job(first["id"])["state"] == "queued"
+            assert stage.request("POST", f"/v1/jobs/{later['id']}/cancel").json["state"] == "cancelled"
+            server.start()
+            listed = stage.request("GET", "/v1/jobs").json["data"]
+            assert [job["id"] for job in listed] == [waited["id"], later["id"], first["id"]]
+    finally:
+        server.stop()
 
 
 def test_a_key_submits_for_its_tenant_and_sees_nobody_else_s_jobs(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -146,6 +146,7 @@ async def test_only_what_is_held_is_cancelled_in_sql(store: DurableStore, databa
     assert live is not None and live.stage is Stage.SENT
     finished = await JobStore(database).get(held.id)
     assert finished is not None and finished.state is JobState.CANCELLED
+    assert [await store.cancel_open(job_id) for job_id in (held.id, sent.id, "job-0-none")] == [False, True, False]
 
 
 async def test_what_did_not_succeed_can_be_opened_again(store: DurableStore, database: Database) -> None:

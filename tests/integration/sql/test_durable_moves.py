@@ -85,10 +85,13 @@ async def test_what_is_due_comes_oldest_first_without_lines_later_ones_and_pause
 
 async def test_only_held_jobs_are_marked_or_ended(store: DurableStore, rows: OutboxRows) -> None:
     first, second = await held(store, new_durable(), new_durable())
-    assert await rows.mark_sent([first]) == {first} and await rows.mark_sent([first, second]) == {second}
-    assert await rows.end_held([first], CANCELLED, NOW_MS) == [] and await rows.over([first, second]) == []
+    assert await rows.mark_sent([first]) == {first: Priority.NORMAL}
+    assert await rows.mark_sent([first, second]) == {second: Priority.NORMAL}
+    assert await rows.end_held([first], CANCELLED, NOW_MS) == []
+    assert await rows.standing([first]) == {first: (Stage.SENT, Priority.NORMAL)}
     assert await rows.hold_again([first]) == 1 and await rows.hold_again([first]) == 0
-    assert await rows.end_held([first], CANCELLED, NOW_MS) == [first] and await rows.over([first, second]) == [first]
+    assert await rows.end_held([first], CANCELLED, NOW_MS) == [first]
+    assert await rows.standing([first]) == {first: (Stage.DONE, Priority.NORMAL)}
 
 
 async def test_only_batches_in_progress_run(store: DurableStore, rows: OutboxRows, database: Database) -> None:
