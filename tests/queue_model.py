@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 
 from scheduler.job import ClaimedJob, JobState, Priority
 from scheduler.queue.job_queue import JobQueue
-from scheduler.queue.records import Outcome
+from scheduler.queue.records import Outcome, ended_job
 from scheduler.request import Usage
 from scheduler.settings import Settings
 from scheduler.tokens import SEQ_TERMINAL, EventId, Failed, Finished, encode_event
@@ -303,7 +303,8 @@ class Model:
         """One terminal record for the recorder per end, and nothing else."""
         seen: Counter[tuple[str, int, JobState]] = Counter()
         for _, fields in await ask(self.redis, "XRANGE", self.queue.keys.of("done"), "-", "+"):
-            seen[fields[b"id"].decode(), int(fields[b"attempt"]), JobState(fields[b"state"].decode())] += 1
+            job = ended_job(fields)
+            seen[job.id, job.attempt, job.state] += 1
         assert seen == self.ends
 
     async def drain(self) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import enum
 import functools
+import logging
 import os
 import secrets
 import socket
@@ -79,6 +80,7 @@ class Incarnation:
         self._over = asyncio.Event()
         self._preemption = Preemption()
         self._ending = Ending.DRAINED
+        self._tells_begins = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)  # asked once: it is a hot path
         self._heartbeat_s = parts.settings.lease_ttl_ms / 3000
         self._heartbeat_at_s = time.monotonic() + self._heartbeat_s
 
@@ -155,8 +157,9 @@ class Incarnation:
         older = self._outbox.get(job.id)
         if older is not None:  # the lease was lost and won again between two heartbeats
             await self._drop(older)
-        with log_context(job=job.id):
-            _log.debug("job begins", attempt=job.attempt, tokens_before=sum(len(one.token_ids) for one in visible))
+        if self._tells_begins:
+            before = sum(len(one.token_ids) for one in visible)
+            _log.debug("job begins", job=job.id, attempt=job.attempt, tokens_before=before)
         self._outbox.hold(job)
         await self._parts.backend.submit(job, as_progress(visible))
 

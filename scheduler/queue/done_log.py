@@ -16,7 +16,7 @@ from redis.exceptions import ResponseError
 
 from scheduler.job import JobView
 from scheduler.queue.keys import RECORDER_GROUP, Keys
-from scheduler.queue.records import job_view
+from scheduler.queue.records import ended_job
 from scheduler.queue.scripts import available, raw
 from scheduler.settings import Settings
 
@@ -81,5 +81,5 @@ def _records(entries: Any) -> list[DoneRecord]:
     found: list[DoneRecord] = []
     for entry_id, fields in entries:
         if fields:  # trimmed by MAXLEN while it was pending: nothing is left to record
-            found.append(DoneRecord(entry_id.decode(), job_view(fields[b"id"].decode(), fields)))
+            found.append(DoneRecord(entry_id.decode(), ended_job(fields)))
     return found

@@ -98,25 +98,36 @@ class Pipelined:
 
     async def run(self, script: Script, prefix: str, *args: Argument) -> Any:
         """Raw reply; raises QueueUnavailable where Redis cannot be reached or refuses."""
-        return await available(self._reply(script, (prefix, *args), ()), script.name)
+        (reply,) = await self._replies([self._call(script, (prefix, *args), ())])
+        return reply
 
     async def run_each(self, script: Script, prefix: str, shared: Item, items: Sequence[Item]) -> list[Any]:
         """One raw reply per item, of a script that takes several; after an error some of them may have been done."""
-        replies: list[Any] = []
         parts = [items[start : start + _MOST_ITEMS] for start in range(0, len(items), _MOST_ITEMS)]
-        calls = [asyncio.ensure_future(self._reply(script, (prefix, *shared), part)) for part in parts]
-        for call in calls:
-            replies += await available(call, script.name)
-        return replies
+        replies = await self._replies([self._call(script, (prefix, *shared), part) for part in parts])
+        return [reply for part in replies for reply in part]
 
-    async def _reply(self, script: Script, arguments: Item, items: Sequence[Item]) -> Any:
+    def _call(self, script: Script, arguments: Item, items: Sequence[Item]) -> _Call:
+        call = _Call(script, arguments, items, asyncio.get_running_loop().create_future())
+        self._waiting.append(call)
+        if self._sender is None:
+            self._sender = asyncio.create_task(self._send_all(), name="pipelined")
+        return call
+
+    async def _replies(self, calls: list[_Call]) -> list[Any]:
+        try:
+            return await available(self._patiently(calls), calls[0].script.name) if calls else []
+        finally:
+            for call in calls:  # of those that nobody waits for any more, none is sent, and no error goes unseen
+                if not call.future.cancel() and not call.future.cancelled():
+                    call.future.exception()
+
+    async def _patiently(self, calls: list[_Call]) -> list[Any]:
         patience_s: float | None = getattr(self._redis, "patience_s", None)
+        if patience_s is None:
+            return [await call.future for call in calls]
         async with asyncio.timeout(patience_s):
-            future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-            self._waiting.append(_Call(script, arguments, items, future))
-            if self._sender is None:
-                self._sender = asyncio.create_task(self._send_all(), name="pipelined")
-            return await future
+            return [await call.future for call in calls]
 
     async def _send_all(self) -> None:
         """Ends when nothing waits; every wait for a reply of Redis has a timeout, so it does end."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from scheduler.job import AttemptView, ClaimedJob, JobState, JobView, Priority
 from scheduler.queue.keys import unquoted
 from scheduler.request import Usage
@@ -165,57 +167,68 @@ def pairs(flat: Iterable[bytes]) -> dict[bytes, bytes]:
 
 
 def job_view(job_id: str, fields: Mapping[bytes, bytes]) -> JobView:
-    """The job hash, live or as the `done` stream carries it."""
-    state = JobState(fields[b"state"].decode())
+    """The job hash."""
+    return _view(job_id, {name.decode(): value.decode() for name, value in fields.items()})
+
+
+def ended_job(fields: Mapping[bytes, bytes]) -> JobView:
+    """An entry of the `done` stream: the job hash as it was at the end, packed by the script that sealed it."""
+    return _view(fields[b"id"].decode(), _unpack(fields[b"job"]))
+
+
+_unpack = msgspec.msgpack.Decoder(dict[str, str | int]).decode
+
+
+def _view(job_id: str, fields: Mapping[str, str | int]) -> JobView:
     return JobView(
         id=job_id,
-        state=state,
-        pool=unquoted(fields[b"pool"].decode()),
-        model=fields.get(b"model", b"").decode(),
-        priority=Priority(fields[b"class"].decode()),
-        tenant=unquoted(fields[b"tenant"].decode()),
-        attempt=int(fields[b"attempt"]),
-        created_ms=int(fields[b"created"]),
-        started_ms=_optional(fields, b"started"),
-        first_token_ms=_optional(fields, b"first"),
-        finished_ms=_optional(fields, b"finished"),
-        deadline_ms=_optional(fields, b"deadline"),
-        error_code=_optional_text(fields, b"code"),
-        error_message=_optional_text(fields, b"message"),
+        state=JobState(fields["state"]),
+        pool=unquoted(str(fields["pool"])),
+        model=str(fields.get("model", "")),
+        priority=Priority(fields["class"]),
+        tenant=unquoted(str(fields["tenant"])),
+        attempt=int(fields["attempt"]),
+        created_ms=int(fields["created"]),
+        started_ms=_optional(fields, "started"),
+        first_token_ms=_optional(fields, "first"),
+        finished_ms=_optional(fields, "finished"),
+        deadline_ms=_optional(fields, "deadline"),
+        error_code=_optional_text(fields, "code"),
+        error_message=_optional_text(fields, "message"),
         usage=_usage(fields),
         attempts=_attempts(fields),
-        durable=fields.get(b"durable") == b"1",
-        batch_id=_optional_text(fields, b"batch"),
+        durable=fields.get("durable") == "1",
+        batch_id=_optional_text(fields, "batch"),
     )
 
 
-def _usage(fields: Mapping[bytes, bytes]) -> Usage | None:
-    if b"prompt" not in fields:
+def _usage(fields: Mapping[str, str | int]) -> Usage | None:
+    if "prompt" not in fields:
         return None
     return Usage(
-        prompt_tokens=int(fields[b"prompt"]),
-        completion_tokens=int(fields[b"completion"]),
-        cached_tokens=int(fields[b"cached"]),
+        prompt_tokens=int(fields["prompt"]),
+        completion_tokens=int(fields["completion"]),
+        cached_tokens=int(fields["cached"]),
     )
 
 
-def _attempts(fields: Mapping[bytes, bytes]) -> tuple[AttemptView, ...]:
+def _attempts(fields: Mapping[str, str | int]) -> tuple[AttemptView, ...]:
     found: list[AttemptView] = []
     for name, value in fields.items():
-        if name.startswith(b"a:"):
-            started, _, worker = value.decode().partition(" ")
+        if name.startswith("a:"):
+            started, _, worker = str(value).partition(" ")
             found.append(AttemptView(attempt=int(name[2:]), worker=worker, started_ms=int(started)))
     return tuple(sorted(found, key=lambda view: view.attempt))
 
 
-def _optional(fields: Mapping[bytes, bytes], name: bytes) -> int | None:
+def _optional(fields: Mapping[str, str | int], name: str) -> int | None:
     value = fields.get(name)
     return int(value) or None if value is not None else None
 
 
-def _optional_text(fields: Mapping[bytes, bytes], name: bytes) -> str | None:
+def _optional_text(fields: Mapping[str, str | int], name: str) -> str | None:
     value = fields.get(name)
-    return value.decode() if value else None
+    return str(value) if value else None
 
 
 def _text(value: bytes | int) -> str:

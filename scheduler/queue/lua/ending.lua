@@ -3,27 +3,11 @@
 -- Ends that no worker writes, by why: state, code, message and terminal event (see endings.py).
 local ENDS = $ends
 
--- What the recorder needs of a job, beside its attempts.
-local RECORDED = { 'state', 'pool', 'class', 'tenant', 'model', 'attempt', 'created', 'started', 'first', 'finished',
-  'deadline', 'code', 'message', 'prompt', 'completion', 'cached', 'durable', 'batch' }
-
 -- The worker's side of a running job goes: pending entry, ownership, a cancel that nobody needs to hear any more.
 local function release(id, job)
   give_up_entry(stream_of(job), job.sid)
   put('hash', $own .. job.worker, id, false)
   put('set', $cancels .. job.worker, id, false)
-end
-
-local function record(id, job)
-  local fields = { 'id', id }
-  local function note(name)
-    if job[name] ~= nil then fields[#fields + 1], fields[#fields + 2] = name, job[name] end
-  end
-  for _, name in ipairs(RECORDED) do note(name) end
-  for name in pairs(job) do
-    if string.sub(name, 1, 2) == 'a:' then note(name) end
-  end
-  redis.call('XADD', $done, 'MAXLEN', '~', $done_maxlen, '*', unpack(fields))
 end
 
 -- The job becomes terminal: last event, outcome to the recorder, TTLs. The caller took it out of queue or worker.
@@ -49,7 +33,8 @@ local function seal(id, job, now, final, keep_ms)
   put('zset', $deadlines, id, false)
   put('zset', $live, id, false)
   add($count, final.state, 1)
-  record(id, job)
+  job.changed = nil
+  redis.call('XADD', $done, 'MAXLEN', '~', $done_maxlen, '*', 'id', id, 'job', cmsgpack.pack(job))
 end
 
 -- A failed job that ran out of attempts: kept with its body for a day, and listed.
