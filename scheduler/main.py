@@ -7,6 +7,7 @@ whoever started it (`spillway up`, compose, a process manager) notices and start
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import signal
 import sys
@@ -30,7 +31,7 @@ from scheduler.db.session import Database
 from scheduler.dialect import Dialect
 from scheduler.errors import CapacityError, InternalError, StartupError
 from scheduler.lifecycle import Lifecycle
-from scheduler.loops.control_plane import HOUR_S, ControlPlane
+from scheduler.loops.control_plane import HOUR_S, ControlKick, ControlPlane
 from scheduler.loops.outcome_writer import OutcomeWriter
 from scheduler.loops.pruner import prune_durable_jobs, prune_finished_jobs
 from scheduler.loops.reconciler import Reconciler
@@ -101,12 +102,16 @@ async def _run_loops(
         ("prune_durable_jobs", lambda: prune_durable_jobs(retention, settings, _now_ms())),
     ):
         control.every(HOUR_S, name, prune, offset_s=PRUNE_AT_S)
-    batches = _batch_keeper(control, settings, dialect, database, commands)
-    async with webhook_jobs(control, settings, database), asyncio.TaskGroup() as group:
+    async with (
+        contextlib.aclosing(ControlKick(settings)) as kick,
+        webhook_jobs(control, settings, database),
+        asyncio.TaskGroup() as group,
+    ):
+        batches = _batch_keeper(control, settings, dialect, database, commands, kick)
         until_stop = functools.partial(_until_stop, stop)
         group.create_task(until_stop("sweeper", run_sweeper(JobQueue(commands, settings), settings, stop)))
         group.create_task(until_stop("batches", batches.run(stop)))
-        for name, run in _job_loops(settings, dialect, database, commands, blocking):
+        for name, run in _job_loops(settings, dialect, database, commands, blocking, kick):
             group.create_task(until_stop(name, run(stop)))
         endless = [group.create_task(until_stop("control plane", control.run()))]
         if settings.parent_pipe is not None:
@@ -119,12 +124,12 @@ async def _run_loops(
 
 
 def _job_loops(
-    settings: Settings, dialect: Dialect, database: Database, commands: Redis, blocking: Redis
+    settings: Settings, dialect: Dialect, database: Database, commands: Redis, blocking: Redis, kick: ControlKick
 ) -> list[tuple[str, Callable[[asyncio.Event], Coroutine[Any, Any, None]]]]:
     """What brings accepted jobs to Redis and their ends to SQL."""
     queue, fleet = JobQueue(commands, settings), Fleet(commands, settings)
     rows, reader = OutboxRows(database, settings.shard), OutcomeReader(commands, settings)
-    writer = OutcomeWriter(reader, DurableOutcomes(database), dialect)
+    writer = OutcomeWriter(reader, DurableOutcomes(database), dialect, kick)
     stager = Stager(rows, Outbox(rows, Lifecycle(queue, fleet, settings)), settings)
     recorder = Recorder(DoneLog(blocking, settings), JobStore(database), writer, queue, settings)
     reconciler = Reconciler(rows, reader, writer, settings)
@@ -135,11 +140,11 @@ def _job_loops(
 
 
 def _batch_keeper(
-    control: ControlPlane, settings: Settings, dialect: Dialect, database: Database, commands: Redis
+    control: ControlPlane, settings: Settings, dialect: Dialect, database: Database, commands: Redis, kick: ControlKick
 ) -> BatchKeeper:
     files, fleet = FileStore(database, settings), Fleet(commands, settings)
     lifecycle = Lifecycle(JobQueue(commands, settings), fleet, settings)
-    keeper = make_keeper(database, files, lifecycle, fleet, dialect, settings)
+    keeper = make_keeper(database, files, lifecycle, fleet, dialect, kick, settings)
     control.every(1, "settle_batches", keeper.settle)
     control.function(EXPAND_BATCH, keeper.expand)
     control.every(FILE_SWEEP_S, "sweep_files", lambda: files.sweep(_now_ms()))

@@ -44,7 +44,10 @@ class OutboundLimits:
 
 async def system_resolve(host: str, port: int) -> Sequence[str]:
     """The addresses of a name, as the operating system has them."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError:  # of the IDNA codec: a label that is empty or too long
+        raise socket.gaierror(socket.EAI_NONAME, "it is no host name") from None
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 

@@ -15,9 +15,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Seque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sqlmodel.ext.asyncio.session import AsyncSession
-
 from scheduler.batch import MAX_ERRORS, BatchRecord, BatchStatus, LineError, line_job_id
+from scheduler.batches.ends import BatchEnds
 from scheduler.batches.input_lines import (
     ENVELOPE_BYTES,
     InputLine,
@@ -28,14 +27,14 @@ from scheduler.batches.input_lines import (
 )
 from scheduler.db.batches import BatchStore, encode_errors
 from scheduler.db.durable import DurableStore, NewDurable
+from scheduler.db.durable_ends import CANCELLED
 from scheduler.db.files import FileStore
-from scheduler.db.webhooks import WebhookEvent, add_events
 from scheduler.dialect import Dialect
 from scheduler.errors import UnknownModel
 from scheduler.job import Priority
 from scheduler.model_card import ModelCard
 from scheduler.request import encode_request
-from scheduler.routing import plan
+from scheduler.routing import DEFAULT, plan
 from scheduler.settings import Settings
 from scheduler.telemetry import get_logger
 
@@ -73,6 +72,7 @@ class Expander:
     def __init__(
         self,
         batches: BatchStore,
+        ends: BatchEnds,
         files: FileStore,
         durable: DurableStore,
         models: Callable[[], Awaitable[Sequence[ModelCard]]],
@@ -80,6 +80,7 @@ class Expander:
         settings: Settings,
     ) -> None:
         self._batches = batches
+        self._ends = ends
         self._files = files
         self._durable = durable
         self._models = models
@@ -91,9 +92,15 @@ class Expander:
     async def expand(self, batch: BatchRecord) -> None:
         """Bring a validating batch to in_progress, or to failed. Raises NoModelYet while no worker serves anything."""
         if await self._files.get(batch.input_file_id, _now_ms()) is None:
-            await self._fail(batch, [LineError("file_not_found", f"The file {batch.input_file_id} was deleted.")])
+            await self.fail(batch, LineError("file_not_found", f"The file {batch.input_file_id} was deleted."))
             return
-        path = self._files.path(batch.input_file_id)
+        try:
+            await self._expand(batch, self._files.path(batch.input_file_id))
+        except FileNotFoundError:  # deleted in the midst, or by hand: a row has its bytes as long as it is there
+            message = f"The content of {batch.input_file_id} is not on this server any more."
+            await self.fail(batch, LineError("file_not_found", message))
+
+    async def _expand(self, batch: BatchRecord, path: Path) -> None:
         total = batch.counts.total
         if total == 0:
             verdict = await self._judge(batch, path)
@@ -113,6 +120,7 @@ class Expander:
         await self._fail(batch, [error])
 
     async def _judge(self, batch: BatchRecord, path: Path) -> Verdict:
+        cards = await self._served()
         verdict = Verdict()
         async for lines in self._steps(batch, path):
             for line in lines:
@@ -126,20 +134,14 @@ class Expander:
         if verdict.total == 0:
             verdict.errors = [LineError("empty_file", "The input file is empty; a batch has at least one request.")]
         if not verdict.errors:
-            verdict.errors = await self._unknown_models(verdict)
+            verdict.errors = _unknown_models(verdict, cards)
         return verdict
 
-    async def _unknown_models(self, verdict: Verdict) -> list[LineError]:
+    async def _served(self) -> Sequence[ModelCard]:
+        """Asked before the file is read: while nothing is served, it would be read anew each second."""
         cards = await self._models()
-        errors: list[LineError] = []
-        for model, number in verdict.models.items():
-            try:
-                plan(model, cards)
-            except UnknownModel as error:
-                errors.append(LineError(error.code, error.message, number, "body.model"))
-            if len(errors) == MAX_ERRORS:
-                break
-        return errors
+        plan(DEFAULT, cards)
+        return cards
 
     async def _add_lines(self, batch: BatchRecord, path: Path, total: int) -> bool:
         """False: the batch was cancelled meanwhile."""
@@ -165,14 +167,22 @@ class Expander:
         return [parse_line(raw, endpoint, self._dialect, secrets.randbits(63)) for raw in next(steps, ())]
 
     async def _fail(self, batch: BatchRecord, errors: Sequence[LineError]) -> None:
-        now_ms = _now_ms()
-        event = WebhookEvent("batch.failed", batch.tenant, batch.id, now_ms, webhook_id=batch.webhook_id)
-
-        async def tell(session: AsyncSession) -> None:
-            await add_events(session, [event])
-
-        await self._batches.move(batch, BatchStatus.FAILED, now_ms, tell, errors=encode_errors(errors))
+        # Lines that were added already wait for a batch in progress, which this one never becomes.
+        await self._durable.end_held_lines(batch.id, CANCELLED.state, CANCELLED.code, CANCELLED.message)
+        await self._ends.end(batch, BatchStatus.FAILED, errors=encode_errors(errors))
         log.info("batch failed its validation", batch=batch.id, errors=len(errors), first=errors[0].message)
+
+
+def _unknown_models(verdict: Verdict, cards: Sequence[ModelCard]) -> list[LineError]:
+    errors: list[LineError] = []
+    for model, number in verdict.models.items():
+        try:
+            plan(model, cards)
+        except UnknownModel as error:
+            errors.append(LineError(error.code, error.message, number, "body.model"))
+        if len(errors) == MAX_ERRORS:
+            break
+    return errors
 
 
 def _row(batch: BatchRecord, shard: str, line: InputLine) -> NewDurable:

@@ -11,23 +11,23 @@ import asyncio
 import time
 
 from sqlalchemy.exc import SQLAlchemyError
-from sqlmodel.ext.asyncio.session import AsyncSession
 
 from scheduler.batch import BatchRecord, BatchStatus, LineError
+from scheduler.batches.ends import BatchEnds
 from scheduler.batches.expansion import Expander
 from scheduler.batches.results import Results, ResultWriter
 from scheduler.db.batches import BatchStore
 from scheduler.db.durable import DurableStore
 from scheduler.db.durable_ends import CANCELLED, EXPIRED
-from scheduler.db.files import FileStore, add_file_row
+from scheduler.db.files import FileStore
 from scheduler.db.session import Database
-from scheduler.db.webhooks import WebhookEvent, add_events
 from scheduler.dialect import Dialect
 from scheduler.errors import CapacityError, SpillwayError
 from scheduler.lifecycle import Lifecycle
 from scheduler.queue.fleet import Fleet
 from scheduler.settings import Settings
 from scheduler.telemetry import get_logger
+from scheduler.webhooks import Kick
 
 AT_ONCE = 4  # a cancel need not wait behind an expansion
 OPEN_BATCHES = 1000  # looked at in a turn, oldest first
@@ -43,12 +43,14 @@ class BatchKeeper:
     def __init__(
         self,
         batches: BatchStore,
+        ends: BatchEnds,
         durable: DurableStore,
         lifecycle: Lifecycle,
         expander: Expander,
         writer: ResultWriter,
     ) -> None:
         self._batches = batches
+        self._ends = ends
         self._durable = durable
         self._lifecycle = lifecycle
         self._expander = expander
@@ -140,20 +142,11 @@ class BatchKeeper:
         began_ms = batch.finalizing_ms if batch.cancelling_ms is None else batch.cancelling_ms
         assert began_ms is not None, "the move to this state writes it"
         results = await self._writer.write(batch, began_ms)
-        end, now_ms = _end_of(batch, results), _now_ms()
-        counts, usage = results.counts, results.usage
-        event = WebhookEvent(f"batch.{end}", batch.tenant, batch.id, now_ms, webhook_id=batch.webhook_id)
-
-        async def tell(session: AsyncSession) -> None:
-            for record in results.records:
-                await add_file_row(session, record)
-            await add_events(session, [event])
-
-        if await self._batches.move(
+        end, counts, usage = _end_of(batch, results), results.counts, results.usage
+        if await self._ends.end(
             batch,
             end,
-            now_ms,
-            tell,
+            results.records,
             output_file_id=None if results.output.record is None else results.output.record.id,
             error_file_id=None if results.errors.record is None else results.errors.record.id,
             completed=counts.completed,
@@ -173,12 +166,19 @@ class BatchKeeper:
 
 
 def make_keeper(
-    database: Database, files: FileStore, lifecycle: Lifecycle, fleet: Fleet, dialect: Dialect, settings: Settings
+    database: Database,
+    files: FileStore,
+    lifecycle: Lifecycle,
+    fleet: Fleet,
+    dialect: Dialect,
+    kick: Kick,
+    settings: Settings,
 ) -> BatchKeeper:
-    """A keeper on these connections."""
+    """A keeper on these connections; `kick` has the webhooks of an end sent at once."""
     batches, durable = BatchStore(database), DurableStore(database)
-    expander = Expander(batches, files, durable, fleet.models, dialect, settings)
-    return BatchKeeper(batches, durable, lifecycle, expander, ResultWriter(files, durable, dialect))
+    ends = BatchEnds(batches, kick)
+    expander = Expander(batches, ends, files, durable, fleet.models, dialect, settings)
+    return BatchKeeper(batches, ends, durable, lifecycle, expander, ResultWriter(files, durable, dialect))
 
 
 _EXPECTED = (SpillwayError, SQLAlchemyError, OSError)

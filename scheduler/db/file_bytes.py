@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import math
 import os
 import secrets
 from collections.abc import AsyncGenerator, Generator
@@ -101,13 +102,21 @@ class FileFolder:
         """Files and drafts that were last written before then (Unix s)."""
         if not self._folder.is_dir():
             return []
-        return [entry.name for entry in os.scandir(self._folder) if entry.stat().st_mtime < before_s]
+        return [entry.name for entry in os.scandir(self._folder) if _written_s(entry) < before_s]
 
     def _open(self) -> FileDraft:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self._folder / f"{secrets.token_hex(12)}{DRAFT}"
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         return FileDraft(path, os.fdopen(descriptor, "wb"), self._reserve_bytes)
+
+
+def _written_s(entry: os.DirEntry[str]) -> float:
+    """When it was last written; one that is gone meanwhile (a draft was kept) is no old one."""
+    try:
+        return entry.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf
 
 
 @contextlib.contextmanager

@@ -58,13 +58,15 @@ class FileStore:
     async def save(self, draft: FileDraft, record: FileRecord) -> None:
         """The draft becomes a file. Raises StorageFull; then nothing of it is left."""
         await draft.keep(record.id)
-        try:
-            async with self._database.session() as session:
-                session.add(StoredFile(**asdict(record)))
-                await session.commit()
-        except BaseException:
-            self._folder.remove(record.id)
-            raise
+        async with self._database.session() as session:
+            session.add(StoredFile(**asdict(record)))
+            try:
+                await session.flush()
+            except BaseException:
+                self._folder.remove(record.id)
+                raise
+            # Whether a commit that fails has come to pass is not known: its bytes stay, and are swept if need be.
+            await session.commit()
 
     def path(self, file_id: str) -> Path:
         return self._folder.path(file_id)

@@ -80,6 +80,7 @@ def test_ctrl_c_detaches_and_the_batch_can_be_cancelled(stage: Stage, tmp_path: 
     process = subprocess.Popen(
         command(stage, "batch", "submit", source, "--wait"),
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=_take_interrupts,
     )  # fmt: skip
     assert process.stderr is not None and process.stderr.readline()  # it follows
     process.send_signal(signal.SIGINT)
@@ -101,3 +102,8 @@ def test_files_are_listed_and_deleted(stage: Stage, tmp_path: Path) -> None:
     assert spillway(stage, "files", "delete", mine).stdout == f"Deleted {mine}.\n"
     again = spillway(stage, "files", "delete", mine)
     assert (again.returncode, again.stderr) == (1, f"spillway: No such File object: {mine}\n")
+
+
+def _take_interrupts() -> None:
+    """Where the tests run in the background of a shell, their children would ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -204,6 +204,15 @@ async def test_a_registration_is_checked_without_a_connection() -> None:
     assert await check_url("https://not-yet.example/", policy, broken) is None
 
 
+@pytest.mark.parametrize("host", ["a" * 70 + ".example", "a..example"])
+async def test_what_no_name_server_can_be_asked_for_is_a_name_that_does_not_resolve(host: str) -> None:
+    policy = OutboundPolicy(Settings(home=Path("/nowhere")))
+    assert await check_url(f"https://{host}/", policy) is None
+    async with outbound_client(Settings(home=Path("/nowhere")), OutboundLimits()) as client:
+        with pytest.raises(httpx2.ConnectError, match="cannot be resolved"):
+            await client.get(f"https://{host}/")
+
+
 def certificates(name: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     """A server's context for this name, and a client's that trusts it."""
     key = ec.generate_private_key(ec.SECP256R1())

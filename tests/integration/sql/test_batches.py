@@ -19,15 +19,20 @@ from sqlmodel import col, select
 
 from api.dialect import HttpDialect
 from scheduler.batch import BatchRecord, BatchStatus, NewBatch
+from scheduler.batches.ends import BatchEnds
 from scheduler.batches.expansion import STEP_LINES, Expander
 from scheduler.batches.keeper import BatchKeeper
 from scheduler.batches.results import ResultWriter
 from scheduler.db.batches import BatchStore
 from scheduler.db.durable import DurableStore
 from scheduler.db.durable_outcomes import DurableEnd, DurableOutcomes
-from scheduler.db.files import FileRecord, FileStore, new_file_id
+from scheduler.db.files import STRAY_AGE_S, FileRecord, FileStore, new_file_id
 from scheduler.db.models import DurableJob
 from scheduler.db.session import Database
+from scheduler.db.vault import Vault
+from scheduler.db.webhook_deliveries import DeliveryStore
+from scheduler.db.webhook_endpoints import WebhookEndpoints
+from scheduler.errors import NoModelYet
 from scheduler.job import JobState, JobView, Priority
 from scheduler.lifecycle import Lifecycle
 from scheduler.model_card import ModelCard
@@ -36,6 +41,7 @@ from scheduler.queue.fleet import Fleet
 from scheduler.queue.job_queue import JobQueue
 from scheduler.request import Usage, decode_request
 from scheduler.settings import Settings
+from scheduler.webhooks import DELIVER
 
 CHAT = "/v1/chat/completions"
 NOW_MS = int(time.time() * 1000)
@@ -55,6 +61,8 @@ class Parts:
     durable: DurableStore
     expander: Expander
     keeper: BatchKeeper
+    cards: list[ModelCard]  # what is served
+    kicked: list[tuple[str, ...]]
 
     async def batch(self, lines: int, text: str = "hi") -> BatchRecord:
         """A new batch of this many lines."""
@@ -88,15 +96,22 @@ async def parts(database: Database, migrated: Settings, redis_url: str) -> Async
     files, batches, durable = FileStore(database, migrated), BatchStore(database), DurableStore(database)
     dialect = HttpDialect()
 
+    cards, kicked = [*CARDS], []
+
     async def models() -> list[ModelCard]:
-        return CARDS
+        return cards
 
     settings = Settings(home=migrated.home, redis_url=redis_url)
-    expander = Expander(batches, files, durable, models, dialect, settings)
+
+    async def kick(name: str, *args: str) -> None:
+        kicked.append((name, *args))
+
+    ends = BatchEnds(batches, kick)
+    expander = Expander(batches, ends, files, durable, models, dialect, settings)
     redis = connect(settings, "command")
     lifecycle = Lifecycle(JobQueue(redis, settings), Fleet(redis, settings), settings)
-    keeper = BatchKeeper(batches, durable, lifecycle, expander, ResultWriter(files, durable, dialect))
-    yield Parts(database, files, batches, durable, expander, keeper)
+    keeper = BatchKeeper(batches, ends, durable, lifecycle, expander, ResultWriter(files, durable, dialect))
+    yield Parts(database, files, batches, durable, expander, keeper, cards, kicked)
     await redis.aclose()
 
 
@@ -226,3 +241,59 @@ async def test_one_line_too_many_fails_the_batch(parts: Parts) -> None:
     now = await parts.now(batch)
     assert now.status is BatchStatus.FAILED and [error.code for error in now.errors] == ["too_many_requests"]
     assert await parts.rows(batch) == []
+
+
+async def test_while_no_worker_serves_anything_the_file_is_not_read(parts: Parts) -> None:
+    batch = await parts.batch(3)
+    parts.files.path(batch.input_file_id).write_bytes(b"broken")  # whoever reads it fails the batch
+    served = parts.cards.pop()
+    with pytest.raises(NoModelYet):
+        await parts.expander.expand(batch)
+    assert (await parts.now(batch)).status is BatchStatus.VALIDATING
+    parts.cards.append(served)
+    await parts.expander.expand(batch)
+    assert (await parts.now(batch)).status is BatchStatus.FAILED
+
+
+async def test_a_file_that_is_deleted_in_mid_expansion_fails_the_batch_and_no_line_stays_behind(parts: Parts) -> None:
+    batch = await parts.batch(3 * STEP_LINES)
+    with failing_commit(3), pytest.raises(OperationalError):
+        await parts.expander.expand(batch)
+    await parts.files.delete(batch.input_file_id)
+    await parts.expander.expand(await parts.now(batch))
+    now = await parts.now(batch)
+    assert now.status is BatchStatus.FAILED and [error.code for error in now.errors] == ["file_not_found"]
+    assert await parts.durable.counts(batch.id) == {JobState.CANCELLED: STEP_LINES}
+
+
+async def test_a_file_whose_bytes_are_gone_fails_the_batch(parts: Parts) -> None:
+    batch = await parts.batch(3)
+    parts.files.path(batch.input_file_id).unlink()
+    await parts.expander.expand(batch)
+    assert [error.code for error in (await parts.now(batch)).errors] == ["file_not_found"]
+
+
+async def test_the_webhooks_of_an_end_are_kicked(parts: Parts, migrated: Settings) -> None:
+    endpoints = WebhookEndpoints(parts.database, Vault(migrated))
+    await endpoints.create("default", "https://example.com", "", ["batch.completed", "batch.failed"])
+    good, bad = await parts.batch(1), await parts.batch(1)
+    await parts.expander.expand(good)
+    await parts.end_lines(good)
+    await advance(parts, good)
+    parts.files.path(bad.input_file_id).write_bytes(b"broken")
+    await parts.expander.expand(bad)
+    (endpoint,) = await endpoints.list("default")
+    told = {view.type: view.id for view in await DeliveryStore(parts.database).list(endpoint.id)}
+    assert parts.kicked == [(DELIVER, told["batch.completed"]), (DELIVER, told["batch.failed"])]
+
+
+async def test_a_file_whose_commit_was_cut_off_keeps_its_bytes(parts: Parts) -> None:
+    """Nobody knows whether such a commit has come to pass; bytes that no row names are swept."""
+    file = FileRecord(new_file_id(NOW_MS), "default", "in.jsonl", "batch", 0, NOW_MS)
+    async with parts.files.drafting() as draft:
+        await draft.write(b"x")
+        with failing_commit(1), pytest.raises(OperationalError):
+            await parts.files.save(draft, file)
+    assert parts.files.path(file.id).read_bytes() == b"x"
+    assert await parts.files.sweep(NOW_MS + (STRAY_AGE_S + 60) * 1000) == 1
+    assert not parts.files.path(file.id).exists()
