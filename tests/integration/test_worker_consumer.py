@@ -152,6 +152,52 @@ async def test_a_job_is_finished_after_its_last_token_and_its_row_is_free(
     assert await fleet.workers() == []
 
 
+class SilentBackend(EchoBackend):
+    """Its rows are free as soon as it has a job, but until it is `heard` it tells nobody how any of them ended."""
+
+    def __init__(self, *, rows: int) -> None:
+        super().__init__(rows=rows)
+        self.heard = asyncio.Event()
+        self.taken = 0
+
+    def capacity(self) -> Capacity:
+        return Capacity(rows=self._card.max_rows, kv_tokens=10_000)
+
+    async def submit(self, job: ClaimedJob, progress: tuple[ChoiceProgress, ...]) -> None:
+        self.taken += 1
+        await super().submit(job, progress)
+
+    async def events(self) -> list[BackendEvent]:
+        await self.heard.wait()
+        return await super().events()
+
+
+async def test_a_worker_claims_no_further_ahead_of_what_redis_was_told_than_one_batch(
+    lifecycle: Lifecycle, fleet: Fleet, queue: JobQueue, settings: Settings
+) -> None:
+    backend, shutdown = SilentBackend(rows=2), Shutdown()
+    running = asyncio.create_task(Consumer(backend, lifecycle, fleet, settings, shutdown).run())
+    await wait_until(lambda: _listed(fleet))
+    job_ids = [await _submit(lifecycle) for _ in range(10)]
+    await wait_until(lambda: backend.taken >= 4)
+    (then,) = await fleet.workers()
+
+    async def published_again() -> bool:
+        (now,) = await fleet.workers()
+        return now.seen_ms > then.seen_ms
+
+    await wait_until(published_again)
+    assert backend.taken == 4  # twice its rows
+    backend.heard.set()
+
+    async def all_done() -> bool:
+        return all([await _state(queue, job_id) is JobState.SUCCEEDED for job_id in job_ids])
+
+    await wait_until(all_done)
+    shutdown.request()
+    await asyncio.wait_for(running, 10)
+
+
 async def _first_token_logged(queue: JobQueue, job_id: str) -> bool:
     return len(await queue.read_events(job_id, None)) == 2
 
