@@ -78,38 +78,52 @@ async def open_services(settings: Settings, metrics: ApiMetrics, drain: Drain) -
         redis = connect(settings, "command", patience_s=REDIS_PATIENCE_S)
         stack.push_async_callback(redis.aclose)
         await check_server(redis, wait_s=settings.redis_wait_s)
-        queue = JobQueue(redis, settings)
-        fleet = Fleet(redis, settings)
-        lifecycle = Lifecycle(queue, fleet, settings)
-        durable = DurableStore(database)
-        outbox = Outbox(OutboxRows(database, settings.shard), lifecycle)
         kick = ControlKick(settings)
         stack.push_async_callback(kick.aclose)
         bus = TokenBus(settings)
         await bus.start()
         stack.push_async_callback(bus.close)
-        yield Services(
-            settings=settings,
-            redis=redis,
-            queue=queue,
-            fleet=fleet,
-            lifecycle=lifecycle,
-            bus=bus,
-            database=database,
-            jobs=JobStore(database),
-            durable=durable,
-            acceptance=Acceptance(durable, outbox, fleet, settings),
-            files=FileStore(database, settings),
-            batches=BatchStore(database),
-            job_listing=JobListing(database),
-            job_views=JobViews(redis, settings),
-            dialect=HttpDialect(),
-            schedules=ScheduleStore(database),
-            webhooks=WebhookEndpoints(database, Vault(settings)),
-            deliveries=DeliveryStore(database),
-            kick=kick,
-            authenticator=authenticator,
-            drain=drain,
-            metrics=metrics,
-            scrape=Scrape(metrics, queue, fleet),
-        )
+        process = _Process(authenticator, drain, metrics)
+        yield _services(settings, process, database, redis, bus, kick)
+
+
+@dataclass(frozen=True, slots=True)
+class _Process:
+    """What a process has beside its stores."""
+
+    authenticator: Authenticator
+    drain: Drain
+    metrics: ApiMetrics
+
+
+def _services(
+    settings: Settings, process: _Process, database: Database, redis: Redis, bus: TokenBus, kick: ControlKick
+) -> Services:
+    queue, fleet, durable = JobQueue(redis, settings), Fleet(redis, settings), DurableStore(database)
+    lifecycle = Lifecycle(queue, fleet, settings)
+    outbox = Outbox(OutboxRows(database, settings.shard), lifecycle)
+    return Services(
+        settings=settings,
+        redis=redis,
+        queue=queue,
+        fleet=fleet,
+        lifecycle=lifecycle,
+        bus=bus,
+        database=database,
+        jobs=JobStore(database),
+        durable=durable,
+        acceptance=Acceptance(durable, outbox, fleet, settings),
+        files=FileStore(database, settings),
+        batches=BatchStore(database),
+        job_listing=JobListing(database),
+        job_views=JobViews(redis, settings),
+        dialect=HttpDialect(),
+        schedules=ScheduleStore(database),
+        webhooks=WebhookEndpoints(database, Vault(settings)),
+        deliveries=DeliveryStore(database),
+        kick=kick,
+        authenticator=process.authenticator,
+        drain=process.drain,
+        metrics=process.metrics,
+        scrape=Scrape(process.metrics, queue, fleet),
+    )

@@ -17,15 +17,17 @@ _RECONNECTS = 5
 
 def print_answer(client: ApiClient, job: str) -> None:
     """The job's text to stdout as it comes. Raises the error that ended it."""
+    begun = False
     for name, event in follow(client, job):
         match name:
             case "delta":
+                begun = True
                 for choice in event["choices"]:
                     write_answer(choice["text"])
             case "finished":
                 sys.stdout.write("\n")
             case "failed":
-                sys.stdout.write("\n")
+                sys.stdout.write("\n" if begun else "")
                 raise from_code(event["error"]["code"], event["error"]["message"])
             case _:
                 continue

@@ -72,13 +72,14 @@ async def end_open(
     return [row.id for row in rows]
 
 
-async def settle(session: AsyncSession, jobs: Sequence[JobView], webhooks: Mapping[str, str | None]) -> None:
-    """What follows from these ends: rows of the finished jobs, and events for whoever wants to be told.
+async def settle(session: AsyncSession, jobs: Sequence[JobView], webhooks: Mapping[str, str | None]) -> list[str]:
+    """What follows from these ends: rows of the finished jobs, and events for whoever wants to be told; the ids of
+    their deliveries, which may be kicked once this is committed.
 
     `webhooks`: by job id, the one endpoint that the job named. Lines of batches are told of by their batch.
     """
     await record_in(session, jobs)
-    await add_events(session, [_event(job, webhooks.get(job.id)) for job in jobs if job.batch_id is None])
+    return await add_events(session, [_event(job, webhooks.get(job.id)) for job in jobs if job.batch_id is None])
 
 
 def _event(job: JobView, webhook_id: str | None) -> WebhookEvent:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from sqlalchemy import bindparam
@@ -50,6 +50,14 @@ class Asked:
     created_ms: int
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Ids of the jobs whose ends were news, and of the webhook deliveries that follow."""
+
+    news: list[str] = field(default_factory=list[str])
+    deliveries: list[str] = field(default_factory=list[str])
+
+
 class DurableOutcomes:
     """The ends of durable jobs in one database."""
 
@@ -63,19 +71,20 @@ class DurableOutcomes:
             rows = await session.exec(wanted.where(col(DurableJob.id).in_(job_ids)))
             return {row.id: _asked(row) for row in rows}
 
-    async def write(self, ends: Sequence[DurableEnd]) -> list[str]:
-        """Write these ends (one per job), all or none; the ids of those that were news. Safe to repeat."""
+    async def write(self, ends: Sequence[DurableEnd]) -> Written:
+        """Write these ends (one per job), all or none. Safe to repeat."""
         if not ends:
-            return []
+            return Written()
+        deliveries: list[str] = []
         async with self._database.session() as session:
             rows = await _lock(session, [end.job.id for end in ends])
             news = [end for end in ends if end.job.id in rows and is_news(rows[end.job.id], end.job)]
             if news:
                 await (await session.connection()).execute(_fill(), [_values(end) for end in news])
                 webhooks = {end.job.id: rows[end.job.id].webhook_id for end in news}
-                await settle(session, [end.job for end in news], webhooks)
+                deliveries = await settle(session, [end.job for end in news], webhooks)
             await session.commit()
-        return [end.job.id for end in news]
+        return Written([end.job.id for end in news], deliveries)
 
     async def write_without_rows(self, jobs: Sequence[JobView]) -> None:
         """Durable jobs that SQL does not know (an older database was put back): only that they ended is kept."""

@@ -16,19 +16,25 @@ from scheduler.job import JobState, JobView
 from scheduler.queue.outcome_reader import JobLog, OutcomeReader, Standing
 from scheduler.request import Usage, decode_request
 from scheduler.telemetry import get_logger
+from scheduler.webhooks import DELIVER, Kick
 
 log = get_logger(__name__)
 
 JOBS_AT_ONCE = 64  # their logs and answers are in memory together
+KICKS = 4  # per commit: whoever delivers one goes on with what its endpoint waits for
 
 
 class OutcomeWriter:
     """One per scheduler process."""
 
-    def __init__(self, reader: OutcomeReader, outcomes: DurableOutcomes, dialect: Dialect) -> None:
+    def __init__(
+        self, reader: OutcomeReader, outcomes: DurableOutcomes, dialect: Dialect, kick: Kick | None = None
+    ) -> None:
+        """`kick`: has webhooks delivered at once; without it the control plane's sweep finds them."""
         self._reader = reader
         self._outcomes = outcomes
         self._dialect = dialect
+        self._kick = kick
 
     async def write(self, jobs: Sequence[JobView]) -> None:
         """Commit these ends. Raises QueueUnavailable and SQL's errors; what was written by then stays written."""
@@ -38,7 +44,7 @@ class OutcomeWriter:
 
     async def give_up(self, job: JobView) -> None:
         """SQL refuses this job's answer: what it was is lost, that it ended is not."""
-        await self._outcomes.write([_failed(job, "The answer could not be stored; send the request again.")])
+        await self._commit([_failed(job, "The answer could not be stored; send the request again.")])
 
     async def _write(self, jobs: Sequence[JobView]) -> None:
         rows = await self._outcomes.asked([job.id for job in jobs])
@@ -53,7 +59,13 @@ class OutcomeWriter:
         logs = await self._reader.logs(ids)
         standing = await self._reader.standing(ids)  # after the logs: where both are gone, Redis lost them
         ends = await asyncio.to_thread(self._ends, news, rows, logs, standing)
-        await self._outcomes.write(ends)
+        await self._commit(ends)
+
+    async def _commit(self, ends: Sequence[DurableEnd]) -> None:
+        written = await self._outcomes.write(ends)
+        if self._kick is not None and written.deliveries:
+            kicked = written.deliveries[:KICKS]
+            await asyncio.gather(*(self._kick(DELIVER, delivery_id) for delivery_id in kicked))
 
     def _ends(
         self,

@@ -12,13 +12,16 @@ import pytest
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
+from api.dialect import HttpDialect
 from scheduler.db.durable import Stage
 from scheduler.db.durable_outcomes import DurableEnd, DurableOutcomes
 from scheduler.db.schema import migrate
 from scheduler.job import ClaimedJob, JobState, JobView
+from scheduler.loops.outcome_writer import OutcomeWriter
 from scheduler.queue.done_log import DoneLog
 from scheduler.settings import Settings
 from scheduler.tokens import EventId
+from scheduler.webhooks import DELIVER
 from tests.conftest import wait_until
 from tests.durable_stage import DurableStage, chat_job
 from tests.queue_cases import WORKER, ask, claim_one, delta, emit, state_of
@@ -152,6 +155,19 @@ async def test_what_redis_lost_between_end_and_record_is_left_to_run_again(stage
     assert (await stage.row(job_id)).stage is Stage.SENT and await stage.events() == []
 
 
+async def test_webhooks_of_an_end_are_kicked_when_it_is_committed_and_not_again(stage: DurableStage) -> None:
+    job_id = await run(stage)
+    kicked: list[tuple[str, int, Stage]] = []
+
+    async def kick(name: str, *args: str) -> None:
+        kicked.append((name, len(args), (await stage.row(job_id)).stage))
+
+    writer = OutcomeWriter(stage.reader, DurableOutcomes(stage.database), HttpDialect(), kick)
+    for _ in range(2):
+        await writer.write([await view(stage, job_id)])
+    assert kicked == [(DELIVER, 1, Stage.DONE)]
+
+
 async def test_a_recorder_killed_before_it_acknowledged_records_once(stage: DurableStage) -> None:
     job_id = await run(stage)
     job = await view(stage, job_id)
@@ -184,9 +200,9 @@ async def test_an_older_attempt_does_not_end_a_job(stage: DurableStage) -> None:
     job = await view(stage, job_id)
     await stage.change(job_id, attempt=2)
     outcomes = DurableOutcomes(stage.database)
-    assert await outcomes.write([DurableEnd(replace(job, attempt=1, state=JobState.FAILED))]) == []
+    assert (await outcomes.write([DurableEnd(replace(job, attempt=1, state=JobState.FAILED))])).news == []
     assert (await stage.row(job_id)).stage is Stage.SENT
-    assert await outcomes.write([DurableEnd(replace(job, attempt=3), b"{}")]) == [job_id]
+    assert (await outcomes.write([DurableEnd(replace(job, attempt=3), b"{}")])).news == [job_id]
     assert (await stage.row(job_id)).attempt == 3
 
 

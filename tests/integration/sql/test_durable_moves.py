@@ -127,27 +127,29 @@ async def test_an_end_is_written_with_its_answer_once(store: DurableStore, datab
     outcomes = DurableOutcomes(database)
     failed = ended(second, state=JobState.FAILED, error_code="invalid_request", error_message="no\0" + "x" * 900)
     ends = [DurableEnd(ended(first), b'{"a":1}'), DurableEnd(failed, error_param="model")]
-    assert sorted(await outcomes.write(ends)) == sorted([first, second])
-    assert await outcomes.write(ends) == []
+    assert sorted((await outcomes.write(ends)).news) == sorted([first, second])
+    assert (await outcomes.write(ends)).news == []
     row, bad = await store.get(first, with_answer=True), await store.get(second)
     assert row is not None and (row.stage, row.state, row.answer) == (Stage.DONE, JobState.SUCCEEDED, b'{"a":1}')
     assert row.usage == Usage(prompt_tokens=7, completion_tokens=5, cached_tokens=4) and row.finished_ms == NOW_MS + 1
     assert bad is not None and bad.error_param == "model" and len(bad.error_message or "") == 500
     finished = await JobStore(database).get(first)
     assert finished is not None and finished.state is JobState.SUCCEEDED
-    assert await outcomes.write([DurableEnd(ended("job-0-unknown"))]) == [] and await outcomes.write([]) == []
+    assert (await outcomes.write([DurableEnd(ended("job-0-unknown"))])).news == [] and (
+        await outcomes.write([])
+    ).news == []
 
 
 async def test_ends_are_fenced_by_attempt_stage_and_time(store: DurableStore, database: Database) -> None:
     (job_id,) = await held(store, new_durable())
     outcomes = DurableOutcomes(database)
     await move(database, job_id, attempt=2)
-    assert await outcomes.write([DurableEnd(ended(job_id, attempt=1))]) == []
+    assert (await outcomes.write([DurableEnd(ended(job_id, attempt=1))])).news == []
     failed = DurableEnd(ended(job_id, attempt=2, state=JobState.FAILED))
-    assert await outcomes.write([failed]) == [job_id]
-    assert await store.reopen(job_id) and await outcomes.write([failed]) == []
-    assert await outcomes.write([DurableEnd(ended(job_id, attempt=2, finished_ms=NOW_MS + 99))]) == [job_id]
-    assert await outcomes.write([DurableEnd(ended(job_id, attempt=3))]) == []  # it succeeded: that stands
+    assert (await outcomes.write([failed])).news == [job_id]
+    assert await store.reopen(job_id) and (await outcomes.write([failed])).news == []
+    assert (await outcomes.write([DurableEnd(ended(job_id, attempt=2, finished_ms=NOW_MS + 99))])).news == [job_id]
+    assert (await outcomes.write([DurableEnd(ended(job_id, attempt=3))])).news == []  # it succeeded: that stands
 
 
 async def test_an_end_that_was_opened_again_is_closed_as_it_was(
