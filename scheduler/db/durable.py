@@ -43,9 +43,11 @@ class DurableStore:
     async def accept(self, new: Sequence[NewDurable]) -> list[Accepted]:
         """Commit these jobs, all or none; each is held from now on. Safe to repeat: a known id stays as it is.
 
-        Raises IdempotencyMismatch where an Idempotency-Key was used with another body.
+        An Idempotency-Key is answered by its job, unless that ended without success, as with interactive requests.
+        Raises IdempotencyMismatch where the key was used with another body.
         """
         async with self._database.session() as session:
+            await _free_keys(session, new)
             created = await _insert(session, new)
             accepted = [Accepted(job.id, True) if job.id in created else await _earlier(session, job) for job in new]
             await session.commit()
@@ -190,6 +192,18 @@ class DurableStore:
         sent = (col(DurableJob.batch_id) == batch_id, col(DurableJob.stage) == Stage.SENT.value)
         async with self._database.session() as session:
             return list(await session.exec(select(col(DurableJob.id)).where(*sent).limit(limit)))
+
+
+async def _free_keys(session: AsyncSession, new: Sequence[NewDurable]) -> None:
+    """The Idempotency-Key of a job that ended without success is free for the same body: it may be tried anew."""
+    for job in new:
+        key = idempotency_of(job)
+        if key is None:
+            continue
+        failed = (col(DurableJob.stage) == Stage.DONE.value, col(DurableJob.state) != JobState.SUCCEEDED.value)
+        same = (col(DurableJob.idempotency) == key, col(DurableJob.body_digest) == job.body_digest)
+        free = update(DurableJob).where(*same, *failed, col(DurableJob.id) != job.id).values(idempotency=None)
+        await session.exec(free.execution_options(synchronize_session=False))
 
 
 async def _insert(session: AsyncSession, new: Sequence[NewDurable]) -> set[str]:

@@ -111,6 +111,21 @@ async def test_accepting_again_changes_nothing(store: DurableStore, database: Da
     assert kept is not None and kept.state is JobState.SUCCEEDED
 
 
+@pytest.mark.parametrize("state", [JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED])
+async def test_the_key_of_a_job_without_success_tries_anew(
+    store: DurableStore, database: Database, state: JobState
+) -> None:
+    first, again, third, other = (new_durable(idempotency_key="k", body_digest=digest) for digest in "dddx")
+    await store.accept([first])
+    await end(database, first.id, state)
+    with pytest.raises(IdempotencyMismatch):
+        await store.accept([other])
+    assert await store.accept([again]) == [Accepted(again.id, created=True)]
+    assert await store.accept([third]) == [Accepted(again.id, created=False)]
+    await end(database, again.id, JobState.SUCCEEDED)
+    assert await store.accept([third]) == [Accepted(again.id, created=False)]
+
+
 async def test_one_idempotency_key_at_once_makes_one_job(store: DurableStore) -> None:
     jobs = [new_durable(idempotency_key="k", body_digest="d") for _ in range(8)]
     accepted = await asyncio.gather(*(store.accept([job]) for job in jobs))
