@@ -8,6 +8,7 @@ A key has a TTL, or it is one of SINGLETONS, each with the reason why it may sta
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from urllib.parse import quote, unquote
 
@@ -123,11 +124,13 @@ class Keys:
         return key.startswith(self.prefix) and key.removeprefix(self.prefix) in SINGLETONS
 
 
+@functools.lru_cache(4096)
 def quoted(name: str) -> str:
     """A pool's or tenant's name as a part of a key: no `:`, `|`, `{`, `}`, no space."""
     return quote(name, safe="/@+~")
 
 
+@functools.lru_cache(4096)
 def unquoted(part: str) -> str:
     return unquote(part)
 

@@ -1,19 +1,19 @@
 -- Ready streams: putting a job in, looking at the head, taking one out; class passes and tenant counters.
 
-local NUMBERS = { attempt = true, lost = true, fails = true, cost = true, kv = true, rows = true, qttl = true,
-  deadline = true, handed = true }
 local ENDED = { succeeded = true, failed = true, cancelled = true, expired = true }
 local CLASSES = { 'high', 'normal', 'low', 'batch' }
 local WEIGHT = { high = 64, normal = 16, low = 4, batch = 1 }
 
--- A job's hash as a table, its numbers 0 where they are not set; nil where the job is unknown.
+-- A job's hash as a table, numbers as such and 0 where they are not set; nil where the job is unknown.
 local function load_job(id)
   local flat = redis.call('HGETALL', $job .. id)
-  local job = { changed = {} }
-  for i = 1, #flat, 2 do job[flat[i]] = flat[i + 1] end
-  if not job.state then return nil end
-  for name in pairs(NUMBERS) do job[name] = tonumber(job[name] or 0) end
-  return job
+  local job = { attempt = 0, lost = 0, fails = 0, handed = 0, cost = 0, kv = 0, rows = 0, qttl = 0, deadline = 0,
+    changed = {} }
+  for i = 1, #flat, 2 do
+    local name, value = flat[i], flat[i + 1]
+    job[name] = job[name] and tonumber(value) or value
+  end
+  return job.state and job
 end
 
 -- Fields of a job get new values, or go where the value is false; `save` writes them.
