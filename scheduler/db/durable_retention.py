@@ -44,7 +44,8 @@ class DurableRetention:
 
     async def forget_keys(self, before_ms: int, limit: int) -> int:
         """Idempotency-Keys of jobs accepted before then may be used anew."""
-        used = (col(DurableJob.idempotency).is_not(None), col(DurableJob.created_ms) < before_ms)
+        # Not "is not null": a range lets SQLite read the index instead of the whole table.
+        used = (col(DurableJob.idempotency) > "", col(DurableJob.created_ms) < before_ms)
         some = select(DurableJob.id).where(*used).limit(limit)
         forget = update(DurableJob).where(col(DurableJob.id).in_(some)).values(idempotency=None)
         async with self._database.session() as session:
