@@ -73,7 +73,15 @@ class Turns:
         except (ClientError, BadTimetable) as failure:
             job, error = None, str(failure)
             log.warning("a turn of a schedule failed", schedule=schedule.id, error=error)
+        except Exception as failure:  # whatever it is, this schedule must not hold up the others
+            job, error = None, f"The server failed on it ({type(failure).__name__}); its log says more."
+            log.exception("a turn of a schedule failed", schedule=schedule.id)
         return await self._store.take_turn(schedule, next_ms, job, error)
+
+    async def fail(self, schedule: ScheduleView, now_ms: int, error: str) -> bool:
+        """Leave out one due turn whose job cannot be stored, and say why; False: another scheduler was first."""
+        next_ms = next_turn_ms(schedule.spec.cron, schedule.spec.timezone, now_ms)
+        return await self._store.take_turn(schedule, next_ms, None, error)
 
     async def _check_model(self, model: str) -> None:
         try:

@@ -13,7 +13,7 @@ import httpx2
 from api.cli.event_stream import ServerEvent, read_events
 from api.cli.home_lock import holder
 from api.cli.preflight import address_of, is_loopback
-from scheduler.errors import SpillwayError, from_code
+from scheduler.errors import BY_CODE, ClientError, SpillwayError, from_code
 from scheduler.settings import Settings
 
 # Until the first byte the server may load, queue and prefill; it sends a keep-alive comment every 15 s.
@@ -121,4 +121,6 @@ def _error(answer: httpx2.Response) -> SpillwayError:
         )
     if answer.status_code == httpx2.codes.UNAUTHORIZED:
         message += " Give --api-key or set SPILLWAY_API_KEY."
+    if code not in BY_CODE and answer.is_client_error:  # a parser's own reason, as invalid_value
+        return ClientError(message)
     return from_code(code, message)

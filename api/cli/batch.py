@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from api.cli.files import opened
+from api.cli.job_tables import plain_table
 from api.cli.options import ApiKey, Home, Json, Url
-from api.cli.plain_text import day_of, printable, wide_console
-from scheduler.errors import BatchConflict, ClientError
+from api.cli.plain_text import age_of, day_of, printable, wide_console
+from api.cli.record_tables import print_table
+from scheduler.errors import BatchConflict, ClientError, SpillwayError
 
 if TYPE_CHECKING:
     from api.cli.api_client import ApiClient
@@ -25,6 +28,7 @@ Output = Annotated[
     Path | None, typer.Option(metavar="OUT", help="Where the answers go; failed lines go to OUT.errors beside it.")
 ]
 _STYLES = {"completed": "green", "failed": "red", "expired": "red", "in_progress": "cyan", "cancelled": "dim"}
+SHOWN_ERRORS = 10  # the rest is in `batch show`
 _ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
 
 
@@ -50,8 +54,7 @@ def submit(
     if webhook is not None:
         body["webhook"] = webhook
     with opened(url, api_key, home) as client:
-        uploaded = _upload(client, file)
-        batch = client.post("/v1/batches", body | {"input_file_id": uploaded["id"]})
+        batch = _create(client, body, _upload(client, file)["id"])
         if sys.stdout.isatty():
             typer.echo(f"Accepted {batch['id']}.")
         else:
@@ -80,11 +83,12 @@ def list_batches(
     if not found:
         typer.echo("No batches yet.")
         return
-    table = Table("batch", "status", "lines", "done", "failed", "model", "created", box=None, header_style="dim")
+    table = plain_table("batch", "status", "lines", "done", "failed", "age", "model")
     for batch in found:
         counts = (str(batch["request_counts"][name]) for name in ("total", "completed", "failed"))
-        table.add_row(batch["id"], _status(batch), *counts, batch["model"] or "–", day_of(batch["created_at"]))
-    wide_console().print(table)
+        model = printable(batch["model"] or "–")
+        table.add_row(batch["id"], _status(batch), *counts, age_of(batch["created_at"]), model)
+    print_table(table, kept=6)
 
 
 @app.command()
@@ -143,8 +147,11 @@ def _finish(client: ApiClient, batch: dict[str, Any], output: Path | None, *, to
     from api.cli.batch_watch import follow
 
     ended = follow(client, batch["id"]) if batch["status"] not in _ENDED else batch
-    for error in _errors(ended):
+    errors = _errors(ended)
+    for error in errors[:SHOWN_ERRORS]:
         typer.echo(f"spillway: {error}", err=True)
+    if len(errors) > SHOWN_ERRORS:
+        typer.echo(f"… and {len(errors) - SHOWN_ERRORS} more: spillway batch show {ended['id']}", err=True)
     if output is not None:
         _save(client, ended["output_file_id"], output)
         _save(client, ended["error_file_id"], output.with_name(f"{output.name}.errors"))
@@ -153,9 +160,26 @@ def _finish(client: ApiClient, batch: dict[str, Any], output: Path | None, *, to
             if ended[name] is not None:
                 client.download(ended[name], sys.stdout.buffer)
     counts = ended["request_counts"]
-    summary = f"{ended['id']} {ended['status']}: {counts['completed']} of {counts['total']} lines done"
-    typer.echo(f"{summary}, {counts['failed']} failed.", err=True)
+    typer.echo(_summary(ended, counts), err=True)
     return 0 if ended["status"] == "completed" and counts["failed"] == 0 else 1
+
+
+def _summary(batch: dict[str, Any], counts: dict[str, int]) -> str:
+    if batch["status"] == "failed":
+        return f"{batch['id']} failed; none of its lines ran."
+    said = f"{counts['completed']} of {counts['total']} lines done, {counts['failed']} failed"
+    return f"{batch['id']} {batch['status']}: {said}."
+
+
+def _create(client: ApiClient, body: dict[str, Any], file_id: str) -> Any:
+    """The batch; where it is refused, its file is of no use."""
+    try:
+        return client.post("/v1/batches", body | {"input_file_id": file_id})
+    except SpillwayError as error:
+        if error.fault == "client":
+            with contextlib.suppress(SpillwayError):
+                client.send("DELETE", f"/v1/files/{file_id}")
+        raise
 
 
 def _save(client: ApiClient, file_id: str | None, path: Path) -> None:

@@ -58,7 +58,9 @@ def _plainly(client: ApiClient, batch_id: str) -> dict[str, Any]:
     batch: dict[str, Any] = {}
     for batch in _states(client, batch_id):
         counts = batch["request_counts"]
-        line = f"{batch['status']}: {counts['completed'] + counts['failed']} of {counts['total']}"
+        line = batch["status"].replace("_", " ")
+        if counts["total"]:
+            line += f": {counts['completed'] + counts['failed']} of {counts['total']}"
         if line != said and (time.monotonic() - told_s >= PLAIN_S or batch["status"] in _ENDED):
             typer.echo(line, err=True)
             said, told_s = line, time.monotonic()

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.filesize import decimal
-from rich.table import Table
 
+from api.cli.job_tables import plain_table
 from api.cli.options import ApiKey, Home, Json, Url, settings_with
-from api.cli.plain_text import day_of, printable, wide_console
+from api.cli.plain_text import age_of, day_of, printable
+from api.cli.record_tables import print_table
 
 if TYPE_CHECKING:
     from api.cli.api_client import ApiClient
@@ -23,7 +24,9 @@ app = typer.Typer(help="Stored files: what batches read and write.", no_args_is_
 
 @app.command("list")
 def list_files(
-    purpose: Annotated[str | None, typer.Option(metavar="NAME", help="Only these: batch, batch_output, …")] = None,
+    purpose: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Only these: batch, batch_output, user_data, …")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, metavar="N", help="At most so many.")] = 100,
     as_json: Json = False,
     url: Url = None,
@@ -40,11 +43,11 @@ def list_files(
     if not found:
         typer.echo("No files yet.")
         return
-    table = Table("file", "name", "purpose", "size", "created", "expires", box=None, header_style="dim")
+    table = plain_table("file", "purpose", "size", "age", "name", "expires")
     for file in found:
-        dates = (day_of(file["created_at"]), day_of(file["expires_at"]))
-        table.add_row(file["id"], printable(file["filename"]), file["purpose"], decimal(file["bytes"]), *dates)
-    wide_console().print(table)
+        cells = (file["id"], file["purpose"], decimal(file["bytes"]), age_of(file["created_at"]))
+        table.add_row(*cells, printable(file["filename"]), day_of(file["expires_at"]))
+    print_table(table, kept=4)
 
 
 @app.command()

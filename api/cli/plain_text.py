@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from datetime import datetime
 
 from rich.console import Console
@@ -35,3 +36,12 @@ def day_of(moment_s: int | None) -> str:
     if moment_s is None:
         return "–"
     return datetime.fromtimestamp(moment_s).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def age_of(moment_s: int) -> str:
+    """How long ago that was, short."""
+    seconds = max(0, int(time.time()) - moment_s)
+    for unit, length_s in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length_s:
+            return f"{seconds // length_s} {unit}"
+    return f"{seconds} s"

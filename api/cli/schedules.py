@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from api.cli.files import opened
+from api.cli.job_tables import plain_table
 from api.cli.options import ApiKey, Home, Json, Model, Url
-from api.cli.plain_text import day_of, printable, wide_console
+from api.cli.plain_text import day_of, printable
+from api.cli.record_tables import print_table
 from scheduler.errors import ClientError
 
 app = typer.Typer(help="Schedules: jobs that recur.", no_args_is_help=True)
@@ -45,7 +48,7 @@ def add(
     with opened(url, api_key, home) as client:
         made = client.post(PATH, wanted)
     if sys.stdout.isatty():
-        typer.echo(f"{made['id']} runs next at {_moment(made['next_ms'])}.")
+        typer.echo(f"{made['id']} runs next at {_turn(made)}.")
     else:
         typer.echo(made["id"])
 
@@ -61,13 +64,13 @@ def list_schedules(as_json: Json = False, url: Url = None, api_key: ApiKey = Non
     if not found:
         typer.echo("No schedules yet.")
         return
-    table = Table("id", "name", "cron", "zone", "next", "last", "last job", "error", box=None, header_style="dim")
+    table = plain_table("id", "next", "zone", "cron", "name", "last job", "error")
     for one in found:
-        following = "paused" if one["paused"] else _moment(one["next_ms"])
+        following = "paused" if one["paused"] else _moment(one["next_ms"], one["timezone"])
         error = Text(printable(one["last_error"] or ""), "red")
-        row = (one["id"], printable(one["name"]), one["cron"], one["timezone"], following, _moment(one["last_ms"]))
-        table.add_row(*row, one["last_job_id"] or "–", error)
-    wide_console().print(table)
+        row = (one["id"], following, one["timezone"], one["cron"], printable(one["name"]), one["last_job_id"] or "–")
+        table.add_row(*row, error)
+    print_table(table, kept=3)
 
 
 @app.command()
@@ -83,7 +86,7 @@ def resume(schedule: ScheduleId, url: Url = None, api_key: ApiKey = None, home: 
     """Turns again, from now on."""
     with opened(url, api_key, home) as client:
         resumed = client.post(f"{PATH}/{schedule}/resume")
-    typer.echo(f"{schedule} runs next at {_moment(resumed['next_ms'])}.")
+    typer.echo(f"{schedule} runs next at {_turn(resumed)}.")
 
 
 @app.command()
@@ -109,9 +112,22 @@ def _body(prompt: str | None, file: Path | None, model: str) -> Any:
         return {"model": model, "messages": [{"role": "user", "content": prompt}]}
     try:
         return json.loads(sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ClientError(f"{file} cannot be read as JSON: {error}.") from error
+    except OSError as error:
+        raise ClientError(f"{file} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ClientError(f"{file} is not JSON: {error}.") from error
 
 
-def _moment(moment_ms: int | None) -> str:
-    return day_of(None if moment_ms is None else moment_ms // 1000)
+def _turn(schedule: dict[str, Any]) -> str:
+    return f"{_moment(schedule['next_ms'], schedule['timezone'])} {schedule['timezone']}"
+
+
+def _moment(moment_ms: int | None, zone: str) -> str:
+    """In the schedule's own zone, where its expression can be compared with it."""
+    if moment_ms is None:
+        return "–"
+    try:
+        there = ZoneInfo(zone)
+    except (ZoneInfoNotFoundError, ValueError, OSError):  # the service knows it, this machine does not
+        return day_of(moment_ms // 1000)
+    return datetime.fromtimestamp(moment_ms / 1000, there).strftime("%a %Y-%m-%d %H:%M")

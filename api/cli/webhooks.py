@@ -11,8 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from api.cli.files import opened
+from api.cli.job_tables import plain_table
 from api.cli.options import ApiKey, Home, Json, Url
-from api.cli.plain_text import day_of, printable, wide_console
+from api.cli.plain_text import age_of, day_of, printable
+from api.cli.record_tables import print_table
 from scheduler.errors import ClientError
 
 app = typer.Typer(help="Webhooks: be told when jobs and batches have ended.", no_args_is_help=True)
@@ -49,13 +51,13 @@ def list_endpoints(as_json: Json = False, url: Url = None, api_key: ApiKey = Non
     if not found:
         typer.echo("No webhook endpoints yet.")
         return
-    table = Table("id", "url", "name", "events", "state", "created", box=None, header_style="dim")
+    table = plain_table("id", "state", "url", "events", "name", "created")
     for one in found:
-        state = Text("enabled") if one["enabled"] else Text(f"disabled: {one['disabled_reason']}", "red")
+        state = Text("enabled") if one["enabled"] else Text(f"disabled {one['disabled_reason']}", "red")
         events = ", ".join(one["event_types"]) or "all"
-        row = (one["id"], printable(one["url"]), printable(one["name"]), events, state, day_of(one["created_at"]))
-        table.add_row(*row)
-    wide_console().print(table)
+        url_shown, name = printable(one["url"]), printable(one["name"])
+        table.add_row(one["id"], state, url_shown, events, name, day_of(one["created_at"]))
+    print_table(table, kept=2)
 
 
 @app.command()
@@ -118,7 +120,7 @@ def deliveries(
     elif not found:
         typer.echo("No deliveries.")
     else:
-        wide_console().print(_table(found))
+        print_table(_table(found), kept=5)
 
 
 @app.command()
@@ -135,13 +137,12 @@ def retry(
 
 
 def _table(found: list[dict[str, Any]]) -> Table:
-    table = Table("delivery", "event", "of", "state", "tries", "created", "error", box=None, header_style="dim")
+    table = plain_table("delivery", "state", "tries", "age", "event", "error", "of")
     for one in found:
         state = Text(one["status"], _STYLES.get(one["status"], ""))
-        error = printable(one["last_error"] or "")
-        subject = one["event"]["data"]["id"]
-        row = (one["id"], one["type"], subject, state, str(one["attempts"]), day_of(one["created_ms"] // 1000), error)
-        table.add_row(*row)
+        tried = (str(one["attempts"]), age_of(one["created_ms"] // 1000))
+        subject, error = one["event"]["data"]["id"], printable(one["last_error"] or "")
+        table.add_row(one["id"], state, *tried, one["type"], error, subject)
     return table
 
 

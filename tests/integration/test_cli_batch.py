@@ -14,6 +14,7 @@ import pytest
 
 from tests.api_stage import Stage
 from tests.batch_stage import jsonl, line, running_batches, text_of
+from tests.cli_call import spillway
 from tests.service import environment
 
 
@@ -25,12 +26,6 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
 def command(stage: Stage, *arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "api.cli", *map(str, arguments), "--url", stage.url]
-
-
-def spillway(stage: Stage, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(stage, *arguments), env=environment(), capture_output=True, text=True, timeout=60, check=False
-    )
 
 
 def write(path: Path, *lines: dict[str, Any]) -> Path:
@@ -54,6 +49,8 @@ def test_submit_waits_and_writes_the_answers(stage: Stage, tmp_path: Path) -> No
     assert batch in spillway(stage, "batch", "list").stdout
     table = spillway(stage, "batch", "show", batch).stdout
     assert "2 (2 done, 0 failed)" in table and shown["output_file_id"] in table
+    assert batch in spillway(stage, "batch", "list", columns=80).stdout
+    assert shown["output_file_id"] in spillway(stage, "files", "list", columns=80).stdout
 
 
 def test_a_failed_line_is_exit_status_1_and_lies_beside_the_answers(stage: Stage, tmp_path: Path) -> None:
@@ -71,8 +68,23 @@ def test_a_bad_file_is_told_line_by_line(stage: Stage, tmp_path: Path) -> None:
     source.write_text("{}\n")
     done = spillway(stage, "batch", "submit", source, "--wait")
     assert done.returncode == 1 and "spillway: line 1: This line has no 'custom_id'." in done.stderr
+    assert done.stderr.endswith("failed; none of its lines ran.\n")
     missing = spillway(stage, "batch", "submit", tmp_path / "none")
     assert (missing.returncode, missing.stderr.count("\n")) == (1, 1) and "cannot be read" in missing.stderr
+
+
+def test_of_many_bad_lines_the_first_are_told(stage: Stage, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("{}\n" * 30)
+    told = spillway(stage, "batch", "submit", source, "--wait").stderr
+    assert "line 10:" in told and "line 11:" not in told and "20 more" in told
+
+
+def test_a_refused_submission_leaves_no_file_behind(stage: Stage, tmp_path: Path) -> None:
+    source = write(tmp_path / "refused.jsonl", line("a", "one"))
+    refused = spillway(stage, "batch", "submit", source, "--window", "2d")
+    assert refused.returncode == 1 and "completion_window" in refused.stderr
+    assert "refused.jsonl" not in spillway(stage, "files", "list").stdout
 
 
 def test_ctrl_c_detaches_and_the_batch_can_be_cancelled(stage: Stage, tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from api.cli.app import app
+from tests import cli_call
 from tests.api_stage import Stage, running_api
+from tests.cli_call import Done
 
 HOOK = "http://127.0.0.1:9/hook"
 
@@ -23,6 +25,11 @@ def stage(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 def spillway(stage: Stage, *words: str) -> Result:
     return CliRunner().invoke(app, [*words, "--url", stage.url])
+
+
+def on_terminal(stage: Stage, *words: str) -> Done:
+    """Of 80 columns."""
+    return cli_call.spillway(stage, *words, columns=80)
 
 
 def said(stage: Stage, *words: str) -> str:
@@ -39,6 +46,7 @@ def test_a_webhook_endpoint_from_add_to_remove(stage: Stage) -> None:
     assert (endpoint["url"], endpoint["event_types"]) == (HOOK, ["job.failed"])
     table = said(stage, "webhooks", "list")
     assert endpoint["id"] in table and "enabled" in table and secret not in table
+    assert endpoint["id"] in on_terminal(stage, "webhooks", "list").stdout
     assert said(stage, "webhooks", "rotate", endpoint["id"], "--drop-old") != secret
     assert said(stage, "webhooks", "deliveries", endpoint["id"]) == "No deliveries."
     assert spillway(stage, "webhooks", "add", "http://example.com/").exception is not None
@@ -52,7 +60,9 @@ def test_a_schedule_from_add_to_remove(stage: Stage) -> None:
     assert (listed["id"], listed["body"]["messages"][0]["content"]) == (schedule, "Good night")
     assert said(stage, "schedules", "pause", schedule) == f"Paused {schedule}."
     assert "paused" in said(stage, "schedules", "list")
-    assert "runs next at" in said(stage, "schedules", "resume", schedule)
+    resumed = said(stage, "schedules", "resume", schedule)
+    assert resumed.endswith(" 03:00 Europe/Berlin.") and f"{schedule} runs next at" in resumed
+    assert schedule in on_terminal(stage, "schedules", "list").stdout
     assert said(stage, "schedules", "run", schedule).startswith("job-")
     assert said(stage, "schedules", "remove", schedule) == f"Removed {schedule}."
     assert said(stage, "schedules", "list") == "No schedules yet."

@@ -16,8 +16,9 @@ from scheduler.db.schedules import ScheduleSpec, ScheduleStore, ScheduleView
 from scheduler.db.session import Database
 from scheduler.job import Priority
 from scheduler.loops.recurrence import Recurrence
+from scheduler.model_card import ModelCard
 from scheduler.queue.connection import connect
-from scheduler.queue.fleet import Fleet
+from scheduler.queue.fleet import Fleet, WorkerView
 from scheduler.request import decode_request
 from scheduler.schedules import Turns
 from scheduler.settings import Settings
@@ -53,6 +54,13 @@ async def create(database: Database, next_ms: int = NOW_MS, **fields: Any) -> Sc
 async def jobs_of(database: Database, schedule: ScheduleView) -> list[Any]:
     found = await DurableStore(database).list(schedule_id=schedule.id, limit=100)
     return [await DurableStore(database).get(job.id, with_request=True) for job in found]
+
+
+async def serve(fleet: Fleet, model: str) -> None:
+    worker = WorkerView(
+        id=f"w-{model}", pid=1, engine_pid=2, host="here", models=(model,), busy_rows=0, max_rows=4,
+    )  # fmt: skip
+    await fleet.publish(worker, ModelCard(id=model, context_tokens=512, created_s=1))
 
 
 async def test_a_turn_makes_a_job_and_moves_on(database: Database, recurrence: Recurrence) -> None:
@@ -106,3 +114,40 @@ async def test_a_paused_schedule_takes_no_turn(database: Database, recurrence: R
     await ScheduleStore(database).change(schedule.id, SPEC, NOW_MS, paused=True)
     assert await recurrence.round(NOW_MS + MINUTE_MS) == 0
     assert await jobs_of(database, schedule) == []
+
+
+async def test_a_turn_whose_model_nobody_knows_is_told_and_the_next_one_comes(
+    database: Database, migrated: Settings, redis_url: str
+) -> None:
+    settings = migrated.model_copy(update={"redis_url": redis_url, "shard": "turns"})
+    redis = connect(settings, "command")
+    fleet, store = Fleet(redis, settings), ScheduleStore(database)
+    await serve(fleet, "other")
+    recurrence = Recurrence(store, Turns(store, fleet, HttpDialect(), "turns"), settings)
+    schedule = await create(database)
+    assert await recurrence.round(NOW_MS) == 1
+    failed = await store.get(schedule.id)
+    assert failed is not None and failed.next_ms == NOW_MS + MINUTE_MS and failed.last_job_id is None
+    assert "'demo' does not exist" in (failed.last_error or "")
+    await serve(fleet, "demo")
+    await recurrence.round(NOW_MS + MINUTE_MS)
+    after = await store.get(schedule.id)
+    assert after is not None and after.last_error is None and after.last_job_id is not None
+    await redis.aclose()
+
+
+async def test_a_schedule_that_cannot_be_stored_or_read_holds_up_no_other(
+    database: Database, recurrence: Recurrence
+) -> None:
+    """PostgreSQL takes no NUL in a text, SQLite does: there the first one has a job."""
+    refused = await create(database, next_ms=NOW_MS - 2, body=BODY.replace(b"demo", b"de\\u0000mo"))
+    broken = await create(database, next_ms=NOW_MS - 1, endpoint="/v1/no-such-endpoint")
+    good = await create(database)
+    assert await recurrence.round(NOW_MS) == 3
+    store = ScheduleStore(database)
+    for schedule in (refused, broken):
+        after = await store.get(schedule.id)
+        assert after is not None and after.next_ms == NOW_MS + MINUTE_MS
+        assert (after.last_error is None) == (after.last_job_id is not None)
+    assert len(await jobs_of(database, good)) == 1
+    assert len(await jobs_of(database, broken)) == 0
