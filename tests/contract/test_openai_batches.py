@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -9,15 +10,24 @@ from typing import Any
 import openai
 import pytest
 from openai import OpenAI
+from standardwebhooks import Webhook
 
 from scheduler.batch import BatchStatus, NewBatch
 from tests.api_stage import Stage, wait_until
 from tests.batch_stage import CHAT, count, ended, jsonl, line, read, running_batches, sdk, submit, text_of, until
+from tests.conftest import wait_until as until_async
+from tests.http_receiver import receiving
+from tests.scripted_worker import ROWS
+from tests.service import free_port
+
+RECEIVER = f"http://127.0.0.1:{free_port()}/hook"
 
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    with running_batches(tmp_path_factory.mktemp("batches"), batch_window=96) as (stage, _):
+    with running_batches(
+        tmp_path_factory.mktemp("batches"), batch_window=96, outbound_origins=RECEIVER.removesuffix("/hook")
+    ) as (stage, _):
         yield stage
 
 
@@ -217,21 +227,39 @@ def test_no_late_writer_undoes_a_cancel(stage: Stage) -> None:
 
 
 def test_lines_run_in_the_class_of_batches_and_people_go_before_them(client: OpenAI, stage: Stage) -> None:
-    slow = {"say": ["a "] * 3, "pause_s": 0.3}
-    batch = submit(client, jsonl([line(f"{n}", slow) for n in range(200)]))
-    until(client, batch, lambda now: count(now)[1] > 0)
+    """Every line that runs goes on until it is cancelled: who waits for them waits for ever."""
+    batch = submit(client, jsonl([line(f"{n}", {"say": ["a "], "hold": True}) for n in range(200)]))
     worker = stage.workers[0]
+    ours = f"job-{stage.settings.shard}-{batch.id.removeprefix('batch_')[:11]}"
+
+    def claimed() -> list[str]:
+        return [name for name in list(worker.claims) if name.startswith(ours)]
+
+    wait_until(lambda: len(claimed()) >= ROWS)
     answer = client.chat.completions.with_raw_response.create(
         model="demo", messages=[{"role": "user", "content": "hello"}]
     )
-    claimed = list(worker.claims)
     mine = answer.headers["spillway-job"]
-    lines = [worker.claims[name] for name in claimed if name != mine and worker.claims[name].priority == "batch"]
-    assert len(lines) >= 64
-    total, completed, _ = count(client.batches.retrieve(batch.id))
-    assert total - completed > 64, "nothing waited: the test proved nothing"
+    assert answer.parse().choices[0].message.content == "hello "
+    assert worker.claims[mine].priority == "normal"
+    assert {worker.claims[name].priority for name in claimed()} == {"batch"}
+    assert len(claimed()) < 200, "no line waited: the test proved nothing"
     client.batches.cancel(batch.id)
     ended(client, batch)
+
+
+async def test_the_end_of_a_batch_is_told_to_the_webhook_that_it_names(client: OpenAI, stage: Stage) -> None:
+    made = await asyncio.to_thread(
+        stage.request, "POST", "/v1/webhook_endpoints", {"url": RECEIVER, "event_types": ["batch.completed"]}
+    )
+    async with receiving(port=int(RECEIVER.rpartition(":")[2].partition("/")[0])) as receiver:
+        content, named = jsonl([line("a", "one")]), {"webhook": made.json["id"]}
+        batch = await asyncio.to_thread(submit, client, content, extra_body=named)
+        await until_async(lambda: receiver.received)
+    event = Webhook(made.json["signing_secret"]).verify(receiver.received[0].body, receiver.received[0].headers)
+    assert (event["type"], event["data"]["id"]) == ("batch.completed", batch.id)
+    seen = client.batches.retrieve(batch.id)
+    assert (seen.status, count(seen)) == ("completed", (1, 1, 0))
 
 
 def test_lines_beyond_the_window_in_the_queue_each_end_once(client: OpenAI) -> None:
