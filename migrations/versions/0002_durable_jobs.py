@@ -10,6 +10,9 @@ depends_on = None
 
 
 def upgrade() -> None:
+    with op.batch_alter_table("finished_jobs", schema=None) as batch_op:
+        batch_op.create_index("ix_finished_jobs_tenant_id", ["tenant", "id"], unique=False)
+
     op.create_table(
         "batches",
         sa.Column("id", sa.String(length=40), nullable=False),
@@ -205,3 +208,6 @@ def downgrade() -> None:
         batch_op.drop_index(batch_op.f("ix_batches_status"))
 
     op.drop_table("batches")
+
+    with op.batch_alter_table("finished_jobs", schema=None) as batch_op:
+        batch_op.drop_index("ix_finished_jobs_tenant_id")

@@ -29,6 +29,7 @@ class FinishedJob(Table, table=True):
     """One job in a terminal state. `attempt` is the one that ended it and fences late writers."""
 
     __tablename__ = "finished_jobs"  # pyright: ignore[reportAssignmentType]
+    __table_args__ = (Index("ix_finished_jobs_tenant_id", "tenant", "id"),)
 
     id: str = Field(primary_key=True, max_length=96)
     state: str = Field(max_length=16)
