@@ -173,7 +173,8 @@ def job_view(job_id: str, fields: Mapping[bytes, bytes]) -> JobView:
 
 def ended_job(fields: Mapping[bytes, bytes]) -> JobView:
     """An entry of the `done` stream: the job hash as it was at the end, packed by the script that sealed it."""
-    return _view(fields[b"id"].decode(), _unpack(fields[b"job"]))
+    job_id, packed = fields[b"id"].decode(), fields.get(b"job")
+    return job_view(job_id, fields) if packed is None else _view(job_id, _unpack(packed))  # 0.1 wrote it field by field
 
 
 _unpack = msgspec.msgpack.Decoder(dict[str, str | int]).decode
