@@ -81,7 +81,10 @@ async def get_content(request: Request, caller: Caller, file_id: str) -> Respons
     """One file's bytes."""
     services: Services = request.app.state.services
     record = await find_file(services, caller, file_id)
-    return FileResponse(services.files.path(record.id), media_type="application/octet-stream", filename=record.filename)
+    path = services.files.path(record.id)
+    if not path.is_file():  # deleted since, or a home that API and scheduler do not share
+        raise FileNotFound(f"The content of {record.id} is not on this server.", param="id")
+    return FileResponse(path, media_type="application/octet-stream", filename=record.filename)
 
 
 @router.delete("/v1/files/{file_id}")

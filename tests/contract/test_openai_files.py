@@ -106,6 +106,13 @@ def test_expired_files_are_gone_before_and_after_they_are_swept(client: OpenAI, 
     assert stored(stage) == [kept.id]
 
 
+def test_a_file_whose_bytes_are_gone_is_not_found(client: OpenAI, stage: Stage) -> None:
+    file = client.files.create(file=("a.txt", b"x"), purpose="user_data")
+    (stage.settings.home / "files" / file.id).unlink()
+    with pytest.raises(openai.NotFoundError, match="not on this server"):
+        client.files.content(file.id)
+
+
 def test_bytes_that_no_row_names_are_swept_when_they_are_old(client: OpenAI, stage: Stage) -> None:
     kept = client.files.create(file=("k", b"kept"), purpose="evals")
     folder = stage.settings.home / "files"
