@@ -12,7 +12,7 @@ from scheduler.queue.job_queue import JobQueue
 from scheduler.queue.records import QueueView
 from scheduler.settings import Settings
 from scheduler.tokens import Failed, decode_event
-from tests.queue_cases import POOL, WORKER, ask, changed, claim, enqueue, succeed
+from tests.queue_cases import POOL, WORKER, ask, changed, claim, enqueue, state_of, succeed
 
 HOUR_MS = 3_600_000
 
@@ -140,6 +140,21 @@ async def test_waiting_out_the_queue_ttl_is_told_apart_from_a_missed_deadline(re
         ((at, payload),) = await queue.read_events(job_id, None)
         event = decode_event(payload)
         assert at.is_terminal and isinstance(event, Failed) and event.code == code
+
+
+async def test_no_queue_ttl_ends_a_durable_job_and_what_it_waits_in_lives_on(redis: Redis, settings: Settings) -> None:
+    queue = JobQueue(redis, changed(settings, sweep_interval_ms=20))
+    job_id = await enqueue(queue, durable=True)
+    deadlines, waiting = queue.keys.of("deadlines"), queue.keys.of("queue", POOL, "normal", "ann")
+    kept = [queue.keys.job(job_id), queue.keys.of("body", job_id), waiting, queue.keys.of("active", POOL, "normal")]
+    for key in kept:
+        assert await ask(redis, "PEXPIRE", key, 60_000) == 1
+    await ask(redis, "ZADD", deadlines, int(time.time() * 1000) - 5, job_id)
+    await queue.sweep()
+    assert await state_of(queue, job_id) is JobState.QUEUED
+    assert all([int(await ask(redis, "PTTL", key)) > 24 * 3600 * 1000 for key in kept])
+    assert float(await ask(redis, "ZSCORE", deadlines, job_id)) > time.time() * 1000 + 3600 * 1000
+    assert _ids(await claim(queue)) == [job_id]
 
 
 async def _exists(queue: JobQueue, redis: Redis, kind: str, pool: str) -> int:

@@ -55,13 +55,27 @@ local function promote()
   end
 end
 
+-- A job with a row in SQL has no client that waits: no queue TTL ends it, and whatever it waits in lives on.
+local function wait_on(id, job)
+  local keep, limit = job.qttl + $slack_ms, now + job.qttl
+  put('zset', $deadlines, id, job.deadline > 0 and math.min(job.deadline, limit) or limit)
+  for _, key in ipairs({ $job .. id, $body .. id }) do redis.call('PEXPIRE', key, keep) end
+  if job.state ~= 'queued' then return end
+  expire(stream_of(job), keep)
+  if WEIGHT[job.lane] then expire($active .. job.pool .. ':' .. job.lane, keep) end
+  if job.deadline > 0 then expire($urgent .. job.pool, keep) end
+end
+
 local function end_overdue()
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', $deadlines, '-inf', now, 'LIMIT', 0, 256)) do
     redis.call('ZREM', $deadlines, id)
     local job = load_job(id)
-    if job and (job.state == 'queued' or job.state == 'scheduled') then
+    local late = job and job.deadline > 0 and job.deadline <= now
+    if job and (job.state == 'queued' or job.state == 'scheduled') and job.durable == '1' and not late then
+      wait_on(id, job)
+    elseif job and (job.state == 'queued' or job.state == 'scheduled') then
       leave_queue(id, job)
-      seal(id, job, now, job.deadline > 0 and job.deadline <= now and ENDS.expired or ENDS.timeout, limits.keep_ms)
+      seal(id, job, now, late and ENDS.expired or ENDS.timeout, limits.keep_ms)
       did.expired = did.expired + 1
     elseif job and job.state == 'running' then
       redis.call('HSETNX', $job .. id, 'cancel', 'expired')
