@@ -1,17 +1,30 @@
-"""Prints tables of batches, files, webhooks and schedules: ids stay whole, what else has no room is cut."""
+"""Prints tables of batches, files, webhooks and schedules: ids stay whole, what else has no room is cut or left out."""
 
 from __future__ import annotations
 
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from api.cli.plain_text import wide_console
 
+GAP = 2  # between columns
+NARROWEST = 6  # a column with less room than this says nothing
+
 
 def print_table(table: Table, kept: int) -> None:
-    """The first `kept` columns are whole however narrow the terminal is; the others are cut."""
+    """The first `kept` columns are whole however narrow the terminal is; the others share what is left, in order."""
     console = wide_console()
-    for column in table.columns[:kept]:
-        cells = [cell if isinstance(cell, Text) else Text(str(cell)) for cell in column.cells]
-        column.min_width = max(cell.cell_len for cell in [*cells, Text(str(column.header))])
+    left = console.width
+    for position, column in enumerate(list(table.columns)):
+        wanted = _width(column)
+        if position >= kept and left < min(wanted, NARROWEST):
+            del table.columns[position:]
+            break
+        column.width = wanted if position < kept else min(wanted, left)
+        left -= column.width + GAP
     console.print(table)
+
+
+def _width(column: Column) -> int:
+    cells = [cell if isinstance(cell, Text) else Text(str(cell)) for cell in column.cells]
+    return max(cell.cell_len for cell in [*cells, Text(str(column.header))])

@@ -60,7 +60,7 @@ class Reconciler:
             after_id = page[-1].id
             standing = await self._reader.standing([row.id for row in page])
             await self._hold_lost(page, standing)
-            over = [row for row in page if row.id in standing and standing[row.id].finished_ms is not None]
+            over = [row for row in page if _is_over(standing.get(row.id))]
             await self._record([row for row in over if row.id in self._unrecorded], standing)
             ended |= {row.id for row in over}
         self._unrecorded = ended
@@ -81,3 +81,8 @@ class Reconciler:
             ends = {row.id: (standing[row.id].state, row.finished_ms) for row in old if row.finished_ms is not None}
             log.warning("jobs were to run again, but the queue never heard of it", count=len(ends))
             await self._rows.close_again(ends)
+
+
+def _is_over(standing: Standing | None) -> bool:
+    """Both of them say so: of a job that contradicts itself nothing is recorded."""
+    return standing is not None and standing.state.is_terminal and standing.finished_ms is not None
