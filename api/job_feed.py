@@ -124,7 +124,7 @@ async def open_feed(services: Services, order: Order) -> AsyncIterator[JobFeed]:
 
 @asynccontextmanager
 async def _following(services: Services, order: Order, wanted: str) -> AsyncIterator[JobFeed]:
-    async with services.bus.subscribe(wanted) as subscription:
+    async with services.bus.subscribe(wanted, is_new=True) as subscription:
         submitted = await _submit(services, order, wanted)
         if submitted.created:
             feed = JobFeed(services, subscription, submitted)

@@ -104,7 +104,7 @@ class SpillwayProducer:
     async def round_trip(self) -> RoundTrip:
         began_s = time.monotonic()
         job_id = new_job_id(self._settings.shard)
-        async with self._bus.subscribe(job_id) as subscription:
+        async with self._bus.subscribe(job_id, is_new=True) as subscription:
             await self._submit(job_id)
             while True:
                 for _, event in await subscription.read(1.0):

@@ -142,9 +142,9 @@ class Lifecycle:
         """
         await self._queue.finish_many(worker, [(job.id, job.attempt, outcome) for job, outcome in endings])
 
-    def success(self, usage: Usage) -> Outcome:
-        """How a job ends that has its answer."""
-        return Outcome(JobState.SUCCEEDED, encode_event(Finished(usage)), usage)
+    def success(self, usage: Usage, after_seq: int | None = None) -> Outcome:
+        """How a job ends that has its answer; `after_seq`: the last number that this attempt gave to an event."""
+        return Outcome(JobState.SUCCEEDED, encode_event(Finished(usage, after_seq)), usage)
 
     async def fail(
         self,

@@ -82,9 +82,11 @@ class Delta(msgspec.Struct, frozen=True, tag="delta"):
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
-    """The job ended with an answer."""
+    """The job ended with an answer. `after_seq`: the last sequence number before this one, so that a reader which has
+    that event knows that nothing lies between; None: unknown."""
 
     usage: Usage
+    after_seq: int | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

@@ -241,7 +241,7 @@ class Incarnation:
     def _outcome(self, job: ClaimedJob, end: JobDone | JobError) -> Outcome:
         match end:
             case JobDone():
-                return self._parts.lifecycle.success(end.usage)
+                return self._parts.lifecycle.success(end.usage, self._outbox.last_seq(job.id))
             case JobError():
                 with log_context(job=job.id):
                     _log.info("job failed", code=end.code, reason=end.message, attempt=job.attempt)

@@ -79,6 +79,10 @@ class Outbox:
         """The batch is in the log (or its jobs were dropped since)."""
         self._batch = []
 
+    def last_seq(self, job_id: str) -> int:
+        """The number of the last event that this attempt has; 0, its Started, where there was no other."""
+        return self._held[job_id].next_seq - 1
+
     def ended(self) -> list[tuple[ClaimedJob, JobDone | JobError]]:
         """Jobs whose every delta is confirmed and whose end is known; call after `confirm`."""
         assert not self._batch, "a batch is under way"

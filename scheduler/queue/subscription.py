@@ -1,7 +1,8 @@
 """One listener of one job: joins live messages and the event log into a stream without gap or repeat.
 
-    live message: id ≤ last → drop · successor of last → deliver · anything else (gap, new attempt, end) → read the log
-    the log is read too: on entry, after a reconnect or an overflow of the bounded buffer, after 1–5 s of silence
+    live message: id ≤ last → drop · successor of last → deliver · anything else (gap, new attempt) → read the log
+    the log is read too: on entry (but of a job that is yet to be submitted), after a reconnect or an overflow of the
+    bounded buffer, after 1–5 s of silence
 
 An event is logged before it is published, so whatever was dropped live is in the log.
 """
@@ -10,10 +11,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 
 from scheduler.errors import QueueUnavailable
-from scheduler.tokens import SEQ_STARTED, EventId, TokenEvent, decode_event
+from scheduler.tokens import SEQ_STARTED, EventId, Finished, TokenEvent, decode_event
 
 BUFFER_EVENTS = 256
 LOG_PAGE_EVENTS = 1000
@@ -26,14 +27,14 @@ ReadLog = Callable[[str, EventId | None, int], Awaitable[list[tuple[EventId, byt
 class Subscription:
     """Made by TokenBus.subscribe. One reader at a time; `offer` and `catch_up` are the bus's side, and never block."""
 
-    def __init__(self, job_id: str, after: EventId | None, read_log: ReadLog) -> None:
+    def __init__(self, job_id: str, after: EventId | None, read_log: ReadLog, *, is_new: bool = False) -> None:
         self.job_id = job_id
         self.last_id = after
         self.ended = after is not None and after.is_terminal
         self.overflows = 0
         self._read_log = read_log
         self._live: deque[bytes] = deque()
-        self._behind = True
+        self._behind = not is_new
         self._waiter: asyncio.Future[None] | None = None
         self._silence_s = _SILENCE_S[0]
         self._look_at = asyncio.get_running_loop().time() + self._silence_s
@@ -111,26 +112,35 @@ class Subscription:
             raise
         if len(page) == LOG_PAGE_EVENTS:
             self.catch_up()
-        return self._accept(page)
+        return self._accept([(event_id, decode_event(payload)) for event_id, payload in page])
 
     def _take_live(self) -> list[tuple[EventId, TokenEvent]]:
-        fitting: list[tuple[EventId, bytes]] = []
+        fitting: list[tuple[EventId, TokenEvent]] = []
         last = self.last_id
         while self._live:
             at, _, payload = self._live.popleft().partition(b" ")
             event_id = EventId.parse(at)
             if last is not None and event_id <= last:
                 continue
-            if not (event_id == _FIRST if last is None else last.precedes(event_id)):
+            event = decode_event(payload)
+            if not _follows(last, event_id, event):
                 self.catch_up()
                 break
-            fitting.append((event_id, payload))
+            fitting.append((event_id, event))
             last = event_id
         return self._accept(fitting)
 
-    def _accept(self, rows: Iterable[tuple[EventId, bytes]]) -> list[tuple[EventId, TokenEvent]]:
-        events = [(event_id, decode_event(payload)) for event_id, payload in rows]
+    def _accept(self, events: list[tuple[EventId, TokenEvent]]) -> list[tuple[EventId, TokenEvent]]:
         if events:
             self.last_id = events[-1][0]
             self.ended = self.last_id.is_terminal
         return events
+
+
+def _follows(last: EventId | None, event_id: EventId, event: TokenEvent) -> bool:
+    """Whether certainly nothing lies between: the first event, the next number, or an end that says after which."""
+    if last is None:
+        return event_id == _FIRST
+    if isinstance(event, Finished) and event.after_seq is not None:
+        return event_id.attempt == last.attempt and event.after_seq == last.seq
+    return last.precedes(event_id)

@@ -89,13 +89,16 @@ class TokenBus:
         await self._redis.aclose()
 
     @asynccontextmanager
-    async def subscribe(self, job_id: str, after: EventId | None = None) -> AsyncGenerator[Subscription, None]:
+    async def subscribe(
+        self, job_id: str, after: EventId | None = None, *, is_new: bool = False
+    ) -> AsyncGenerator[Subscription, None]:
         """Listens to a job from the event after `after` (None: from its first). Entered = confirmed by Redis.
 
+        `is_new`: the caller made this id and submits the job only once it listens, so there is no log to read yet.
         Raises QueueUnavailable where Redis does not confirm in 3 s.
         """
         name = self._keys.channel(job_id).encode()
-        listener = Subscription(job_id, after, self._queue.read_events)
+        listener = Subscription(job_id, after, self._queue.read_events, is_new=is_new)
         channel = self._channels.setdefault(name, _Channel())
         channel.listeners.append(listener)
         try:
@@ -183,10 +186,12 @@ class TokenBus:
             return
         del self._unconfirmed[name]
         channel = self._channels.get(name)
-        if channel is not None:
-            channel.confirmed.set()
+        if channel is None:
+            return
+        if channel.confirmed.is_set():  # this connection is another one: messages went by
             for listener in channel.listeners:
                 listener.catch_up()
+        channel.confirmed.set()
 
 
 async def _confirmation(channel: _Channel) -> None:
