@@ -146,7 +146,8 @@ async def test_a_job_is_finished_after_its_last_token_and_its_row_is_free(
     for job_id in job_ids:
         ids = [at for at, _ in await queue.read_events(job_id, None)]
         assert ids[:2] == [EventId(1, 0), EventId(1, 1)] and ids[-1].is_terminal and len(ids) == 3
-        assert decode_event((await queue.read_events(job_id, None))[-1][1]) == Finished(Usage(completion_tokens=1), after_seq=1)
+        _, payload = (await queue.read_events(job_id, None))[-1]
+        assert decode_event(payload) == Finished(Usage(completion_tokens=1), after_seq=1)
     shutdown.request()
     await asyncio.wait_for(running, 10)
     assert await fleet.workers() == []
