@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 from sqlmodel.ext.asyncio.session import AsyncSession
 
@@ -106,3 +106,9 @@ def _is_disk_full(cause: BaseException, folder: Path | None) -> bool:
         return True
     # Where even the shared-memory file of WAL finds no room, SQLite says no more than "disk I/O error".
     return "disk I/O error" in str(cause) and folder is not None and shutil.disk_usage(folder).free < 2**20
+
+
+def is_about_a_value(error: DBAPIError) -> bool:
+    """Data and integrity errors: trying again changes nothing. asyncpg's are told by their SQLSTATE alone."""
+    code = getattr(error.orig, "sqlstate", None)
+    return isinstance(error, DataError | IntegrityError) or (isinstance(code, str) and code[:2] in ("22", "23"))

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from scheduler.db.jobs import JobStore
-from scheduler.db.session import explain
+from scheduler.db.session import explain, is_about_a_value
 from scheduler.errors import QueueUnavailable
 from scheduler.loops.outcome_writer import OutcomeWriter
 from scheduler.loops.patience import Patience
@@ -62,9 +62,11 @@ class Recorder:
             try:
                 await self._store.record([record.job for record in records if not record.job.durable])
                 await self._writer.write([record.job for record in records if record.job.durable])
-            except (DataError, IntegrityError, ValueError):
+            except ValueError:
                 return await self._write_each(records, stop)
             except (SQLAlchemyError, OSError) as error:
+                if isinstance(error, DBAPIError) and is_about_a_value(error):
+                    return await self._write_each(records, stop)
                 await self._patience.wait_out(explain(error, self._settings), stop)
             except QueueUnavailable as error:
                 await self._patience.wait_out(error.message, stop)
@@ -80,7 +82,7 @@ class Recorder:
         job = records[0].job
         log.error("a finished job does not fit its table and is not recorded", job=job.id)
         if job.durable:
-            with contextlib.suppress(DataError, IntegrityError, ValueError):
+            with contextlib.suppress(DBAPIError, ValueError):
                 await self._writer.give_up(job)
         return True
 

@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import time
 
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from scheduler.db.schedules import ScheduleStore
-from scheduler.db.session import explain
+from scheduler.db.session import explain, is_about_a_value
 from scheduler.schedules import Turns
 from scheduler.settings import Settings
 from scheduler.telemetry import get_logger
@@ -53,14 +53,8 @@ class Recurrence:
             try:
                 await self._turns.take(schedule, now_ms)
             except DBAPIError as error:
-                if not _is_about_a_value(error):
+                if not is_about_a_value(error):
                     raise
                 log.exception("the database refuses a schedule's job", schedule=schedule.id)
                 await self._turns.fail(schedule, now_ms, "The database refused its job; the server's log says more.")
         return len(due)
-
-
-def _is_about_a_value(error: DBAPIError) -> bool:
-    """Data and integrity errors: trying again changes nothing. asyncpg's are told by their SQLSTATE alone."""
-    code = getattr(error.orig, "sqlstate", None)
-    return isinstance(error, DataError | IntegrityError) or (isinstance(code, str) and code[:2] in ("22", "23"))

@@ -23,6 +23,7 @@ from scheduler.queue.scripts import CALL_TIMEOUT_S, Argument, Script, available
 _MOST_IN_ONE_WRITE = 128
 _MOST_ITEMS = 32  # of one script call: Redis serves nobody else meanwhile
 _MOST_ITEM_BYTES = 256 * 1024
+_KEPT_S = 0.5  # the pool looks whether a connection still leads to the primary
 
 Item = tuple[Argument, ...]
 _pack = cast(Callable[[Item], bytes], getattr(hiredis, "pack_command"))  # noqa: B009 - its own types allow one word
@@ -95,6 +96,8 @@ class Pipelined:
         self._redis = redis
         self._waiting: deque[_Call] = deque()
         self._sender: asyncio.Task[None] | None = None
+        self._wire: _Wire | None = None
+        self._taken_at = 0.0
 
     async def run(self, script: Script, prefix: str, *args: Argument) -> Any:
         """Raw reply; raises QueueUnavailable where Redis cannot be reached or refuses."""
@@ -165,8 +168,7 @@ class Pipelined:
             command.reply = reply
 
     async def _exchange(self, packed: list[bytes]) -> list[Any]:
-        pool = cast(Any, self._redis.connection_pool)
-        wire: _Wire = await pool.get_connection()
+        wire = await self._connection()
 
         async def ask() -> list[Any]:
             await wire.send_packed_command(packed)
@@ -179,8 +181,26 @@ class Pipelined:
 
         try:
             return await wire.retry.call_with_retry(ask, fail)
-        finally:
-            await pool.release(wire)
+        except BaseException:  # a reply may still come in on it
+            await self._let_go(broken=True)
+            raise
+
+    async def _connection(self) -> _Wire:
+        """A connection of the pool's, kept for a moment: asking the pool costs as much as a small script."""
+        now = asyncio.get_running_loop().time()
+        if self._wire is None or now - self._taken_at > _KEPT_S:
+            await self._let_go()
+            self._wire = cast(_Wire, await cast(Any, self._redis.connection_pool).get_connection())
+            self._taken_at = now
+        return self._wire
+
+    async def _let_go(self, *, broken: bool = False) -> None:
+        wire, self._wire = self._wire, None
+        if wire is None:
+            return
+        if broken:
+            await wire.disconnect(nowait=True)
+        await cast(Any, self._redis.connection_pool).release(wire)
 
     def _settle(self, command: _Command) -> None:
         """Refused together, calls are sent again one by one: the refusal may be due to one of them."""

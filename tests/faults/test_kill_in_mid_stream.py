@@ -17,6 +17,8 @@ from openai import AsyncOpenAI
 from tests.service import Service, running, wait_until_workers
 
 STREAMS = 32
+GREEDY: dict[str, Any] = {"temperature": 0}
+SEEDED: dict[str, Any] = {"temperature": 1.0, "seed": 7}
 
 
 @dataclass
@@ -79,8 +81,15 @@ async def _kill_when_all_run(service: Service, seen: asyncio.Semaphore, victim: 
     os.kill(busiest[victim], signal.SIGKILL)
 
 
-@pytest.mark.parametrize("victim", ["engine_pid", "pid"])
-@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0, "seed": 7}], ids=["greedy", "seeded"])
+@pytest.mark.parametrize(
+    ("victim", "sampling"),
+    [
+        pytest.param("engine_pid", SEEDED, id="engine-seeded"),
+        pytest.param("pid", GREEDY, id="worker-greedy"),
+        pytest.param("engine_pid", GREEDY, id="engine-greedy", marks=pytest.mark.soak),
+        pytest.param("pid", SEEDED, id="worker-seeded", marks=pytest.mark.soak),
+    ],
+)
 @pytest.mark.timeout(240)
 async def test_streams_go_on_token_exact_when_a_process_is_killed(
     service: Service, client: AsyncOpenAI, victim: str, sampling: dict[str, Any]
