@@ -64,11 +64,9 @@ class Lifecycle:
         """Routes and queues a request under an id the caller already listens to; times are Unix ms.
 
         `durable`: the job has a SQL row. An id that is known already stays as it is, and is reported as created.
-
         Raises UnknownModel, NoModelYet, QueueFull, PoolDraining, IdempotencyMismatch.
         """
-        target = await self._plan(request.model)
-        body = encode_request(request)
+        target, body = await self._plan(request.model), encode_request(request)
         prompt_tokens, output_tokens = _expected_tokens(request, len(body))
         job = NewJob(
             id=job_id,
