@@ -55,9 +55,10 @@ class DoneLog:
         """These outcomes are in SQL: forget them."""
         if not entry_ids:
             return
-        execute = raw(self._redis)
-        await available(execute("XACK", self._key, RECORDER_GROUP, *entry_ids), "XACK")
-        await available(execute("XDEL", self._key, *entry_ids), "XDEL")
+        async with self._redis.pipeline(transaction=True) as both:  # an entry that is acknowledged alone would stay
+            for command in (("XACK", self._key, RECORDER_GROUP), ("XDEL", self._key)):
+                both.execute_command(*command, *entry_ids)  # pyright: ignore[reportUnknownMemberType]
+            await available(both.execute(), "ack_done")
 
     async def _reclaim(self, consumer: str, count: int) -> list[DoneRecord]:
         claim = ("XAUTOCLAIM", self._key, RECORDER_GROUP, consumer, _RECLAIM_AFTER_MS, "0-0", "COUNT", count)

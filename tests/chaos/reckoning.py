@@ -112,7 +112,7 @@ def _check_attempts(evidence: Evidence, ledger: Ledger, unlucky: set[str]) -> No
         if not (entry and entry.order.poison) and job_id not in unlucky:
             ledger.blame(f"{job_id} died with a poison job, or of nothing", entry)
     for job_id, job in evidence.hashes.items():
-        lost, fails = int(job["lost"]), int(job["fails"])
+        lost, fails = int(job.get("lost", 0)), int(job.get("fails", 0))
         if lost > MAX_LOST or lost + fails > MAX_BURNT:
             ledger.blame(f"{job_id} was lost {lost} times and failed {fails} times", by_job.get(job_id))
 
