@@ -8,13 +8,13 @@ restarting) the batch is held and tried again, and the stream keeps the rest.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from scheduler.db.jobs import JobStore
 from scheduler.db.session import explain, is_about_a_value
 from scheduler.errors import QueueUnavailable
+from scheduler.job import JobView
 from scheduler.loops.outcome_writer import OutcomeWriter
 from scheduler.loops.patience import Patience
 from scheduler.queue.done_log import DoneLog, DoneRecord
@@ -82,9 +82,18 @@ class Recorder:
         job = records[0].job
         log.error("a finished job does not fit its table and is not recorded", job=job.id)
         if job.durable:
-            with contextlib.suppress(DBAPIError, ValueError):
-                await self._writer.give_up(job)
+            await self._give_up(job)
         return True
+
+    async def _give_up(self, job: JobView) -> None:
+        """Only what SQL refuses for good is let go; an outage ends the loop, and the record comes again."""
+        try:
+            await self._writer.give_up(job)
+        except ValueError:
+            return
+        except DBAPIError as error:
+            if not is_about_a_value(error):
+                raise
 
     async def _acknowledge(self, records: list[DoneRecord]) -> None:
         durable = [(record.job.id, record.job.attempt) for record in records if record.job.durable]
