@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -71,7 +73,7 @@ def test_equal_hashes_with_other_tokens_are_no_hit() -> None:
     table, cache = _cache()
     _remember(table, cache, [1, 2])
     (node,) = cache._nodes.values()  # pyright: ignore[reportPrivateUsage]
-    node.tokens = (7, 7)
+    node.name = replace(node.name, tokens=(7, 7))
     assert cache.match([1, 2]) == []
 
 

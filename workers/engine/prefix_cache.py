@@ -1,72 +1,103 @@
 """Which pages already hold the KV of a token prefix, and which of them go first when room is needed. Pure.
 
-Full pages form chains: a page's key is a hash over its tokens and the key before it, salted by what else decides
-the KV (model, dtype). A hit compares the tokens too, so a hash collision cannot serve wrong KV.
+Full pages form chains (see page_chain). A hit compares the tokens and the page before, so a hash collision cannot serve
+wrong KV. Only a page that no known page follows and nobody else holds can go; among those, the one with the least value
+(see page_worth).
 """
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+import heapq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from workers.engine.page_chain import PageName, chain, chain_root
 from workers.engine.page_table import PageTable
+from workers.engine.page_worth import Worth, recompute_worth
 
 
 @dataclass(slots=True)
-class _Node:
+class CachedPage:
+    """A known page: its name, the page number that holds it, and what decides when it goes."""
+
+    name: PageName
+    root: bytes
     page: int
-    tokens: tuple[int, ...]
-    parent: bytes
+    uses: int = 0
+    value: float = 0.0
+    tick: int = 0  # of its last entry among the leaves; older entries are outdated
     children: int = 0
+    stored: bool = False  # its bytes are on disk, or on their way there
 
 
 class PrefixCache:
     """Chains of full pages; holds one reference to each page it knows.
 
-    `_nodes` is in order of use, oldest first, and a chain is always touched from its end to its start, so a parent
-    is never older than its child and eviction meets leaves first.
+    `on_evict` gets what is about to go, while its page is still held and its content is there.
     """
 
-    def __init__(self, table: PageTable, page_tokens: int, salt: str) -> None:
+    def __init__(
+        self,
+        table: PageTable,
+        page_tokens: int,
+        salt: str,
+        *,
+        worth: Worth = recompute_worth,
+        on_evict: Callable[[list[CachedPage]], None] | None = None,
+    ) -> None:
         self._table = table
         self._page_tokens = page_tokens
-        self._root = hashlib.blake2b(f"{salt}\0{page_tokens}".encode(), digest_size=16).digest()
-        self._nodes: OrderedDict[bytes, _Node] = OrderedDict()
+        self._salt = salt
+        self._worth = worth
+        self._on_evict = on_evict
+        self._nodes: dict[bytes, CachedPage] = {}
+        self._leaves: list[tuple[float, int, bytes]] = []  # heap of (value, tick, key)
+        self._asked_again: dict[bytes, CachedPage] = {}
+        self._clock = 0.0
+        self._ticks = 0
+        self.evictions = 0
 
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def match(self, tokens: Sequence[int]) -> list[int]:
+    def names(self, tokens: Sequence[int], isolation: str = "") -> tuple[list[PageName], int]:
+        """The names of the full pages of `tokens`, and how many of them, from the first on, are known here."""
+        names = list(chain(self._root(isolation), tokens, self._page_tokens))
+        known = next((at for at, name in enumerate(names) if self._find(name) is None), len(names))
+        return names, known
+
+    def match(self, tokens: Sequence[int], isolation: str = "") -> list[int]:
         """Pages of the longest known prefix of full pages; the caller owns one new reference to each."""
-        keys: list[bytes] = []
-        pages: list[int] = []
-        for key, _, block in self._chain(tokens):
-            node = self._nodes.get(key)
-            if node is None or node.tokens != block:
+        found: list[CachedPage] = []
+        for name in chain(self._root(isolation), tokens, self._page_tokens):
+            node = self._find(name)
+            if node is None:
                 break
-            keys.append(key)
-            pages.append(node.page)
-        self._touch(keys)
+            found.append(node)
+        for node in found:
+            node.uses += 1
+            if not node.stored:
+                self._asked_again[node.name.key] = node
+        self._touch(found)
+        pages = [node.page for node in found]
         self._table.retain(pages)
         return pages
 
-    def insert(self, tokens: Sequence[int], pages: Sequence[int]) -> None:
+    def insert(self, tokens: Sequence[int], pages: Sequence[int], isolation: str = "", *, stored: bool = False) -> None:
         """Make `pages`, which hold the KV of the leading full pages of `tokens`, findable; what is known stays."""
-        keys: list[bytes] = []
-        for page, (key, parent, block) in zip(pages, self._chain(tokens), strict=False):
-            node = self._nodes.get(key)
+        root = self._root(isolation)
+        held: list[CachedPage] = []
+        for page, name in zip(pages, chain(root, tokens, self._page_tokens), strict=False):
+            node = self._nodes.get(name.key)
             if node is None:
-                self._nodes[key] = _Node(page, block, parent)
+                node = self._nodes[name.key] = CachedPage(name, root, page, uses=1, stored=stored)
                 self._table.retain((page,))
-                if parent in self._nodes:
-                    self._nodes[parent].children += 1
-            elif node.tokens != block:
+                if held:
+                    held[-1].children += 1
+            elif node.name != name:
                 break
-            keys.append(key)
-        self._touch(keys)
+            held.append(node)
+        self._touch(held)
 
     def allocate(self, count: int) -> list[int]:
         """Up to `count` pages, unreferenced cached ones evicted where the free list is too short."""
@@ -75,53 +106,89 @@ class PrefixCache:
         return self._table.allocate(count)
 
     def evict(self, count: int) -> int:
-        """Forget up to `count` least recently used pages that nothing else holds and no known page follows."""
-        evicted = 0
-        for key in self._eviction_order(count):
-            node = self._nodes.pop(key)
-            if node.parent in self._nodes:
-                self._nodes[node.parent].children -= 1
-            self._table.release((node.page,))
-            evicted += 1
-        return evicted
+        """Forget up to `count` pages of least value that nothing else holds and no known page follows."""
+        chosen: list[CachedPage] = []
+        held: list[CachedPage] = []
+        while len(chosen) < count and (node := self._pop_leaf()) is not None:
+            if self._table.references(node.page) > 1:
+                held.append(node)
+                continue
+            self._clock = max(self._clock, node.value)
+            chosen.append(node)
+            self._forget(node)
+        for node in held:
+            self._offer_leaf(node)
+        if chosen and self._on_evict is not None:
+            self._on_evict(chosen)
+        self._table.release(node.page for node in chosen)
+        self.evictions += len(chosen)
+        return len(chosen)
+
+    def take_asked_again(self, count: int) -> list[CachedPage]:
+        """Up to `count` pages that were asked for since they were written and are not on disk; each is named once."""
+        taken: list[CachedPage] = []
+        while self._asked_again and len(taken) < count:
+            node = self._asked_again.pop(next(iter(self._asked_again)))
+            if not node.stored:
+                taken.append(node)
+        return taken
 
     def cached_pages(self) -> list[int]:
         """The pages that the cache holds a reference to."""
         return [node.page for node in self._nodes.values()]
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless every parent is known, newer than its children, and counts them."""
+        """Raise AssertionError unless every parent is known and counts its children, and every leaf can be evicted."""
         children: dict[bytes, int] = {}
-        position = {key: at for at, key in enumerate(self._nodes)}
-        for key, node in self._nodes.items():
-            if node.parent != self._root:
-                assert node.parent in self._nodes, "a page outlived its parent"
-                assert position[node.parent] > position[key], "a parent is older than its child"
-                children[node.parent] = children.get(node.parent, 0) + 1
+        for node in self._nodes.values():
+            if node.name.parent != node.root:
+                assert node.name.parent in self._nodes, "a page outlived its parent"
+                children[node.name.parent] = children.get(node.name.parent, 0) + 1
+        offered = {entry[2] for entry in self._leaves if self._is_current(entry)}
         for key, node in self._nodes.items():
             assert node.children == children.get(key, 0), "children miscounted"
+            assert node.children or key in offered, "a leaf that eviction never meets"
 
-    def _chain(self, tokens: Sequence[int]) -> Iterator[tuple[bytes, bytes, tuple[int, ...]]]:
-        """(key, parent key, tokens) of each full page, in order."""
-        parent = self._root
-        for start in range(0, len(tokens) - self._page_tokens + 1, self._page_tokens):
-            block = tuple(tokens[start : start + self._page_tokens])
-            key = hashlib.blake2b(array("I", block).tobytes(), key=parent, digest_size=16).digest()
-            yield key, parent, block
-            parent = key
+    def _root(self, isolation: str) -> bytes:
+        return chain_root(self._salt, self._page_tokens, isolation)
 
-    def _touch(self, keys: list[bytes]) -> None:
-        for key in reversed(keys):
-            self._nodes.move_to_end(key)
+    def _find(self, name: PageName) -> CachedPage | None:
+        node = self._nodes.get(name.key)
+        return node if node is not None and node.name == name else None
 
-    def _eviction_order(self, count: int) -> list[bytes]:
-        """Oldest first; a page whose only child is already chosen counts as a leaf."""
-        chosen: list[bytes] = []
-        gone: dict[bytes, int] = {}
-        for key, node in self._nodes.items():
-            if len(chosen) == count:
-                break
-            if node.children == gone.get(key, 0) and self._table.references(node.page) == 1:
-                chosen.append(key)
-                gone[node.parent] = gone.get(node.parent, 0) + 1
-        return chosen
+    def _touch(self, nodes: list[CachedPage]) -> None:
+        """Give the nodes of one chain, first page first, the value of something just used."""
+        for node in nodes:
+            node.value = self._clock + self._worth(node.name.position * self._page_tokens, node.uses)
+        for node in reversed(nodes):
+            if not node.children:
+                self._offer_leaf(node)
+
+    def _forget(self, node: CachedPage) -> None:
+        del self._nodes[node.name.key]
+        self._asked_again.pop(node.name.key, None)
+        parent = self._nodes.get(node.name.parent)
+        if parent is not None:
+            parent.children -= 1
+            if not parent.children:
+                self._offer_leaf(parent)
+
+    def _offer_leaf(self, node: CachedPage) -> None:
+        if len(self._leaves) > 2 * len(self._nodes) + 64:
+            self._leaves = [entry for entry in self._leaves if self._is_current(entry)]
+            heapq.heapify(self._leaves)
+        self._ticks += 1
+        node.tick = self._ticks
+        heapq.heappush(self._leaves, (node.value, self._ticks, node.name.key))
+
+    def _pop_leaf(self) -> CachedPage | None:
+        while self._leaves:
+            entry = heapq.heappop(self._leaves)
+            if self._is_current(entry):
+                return self._nodes[entry[2]]
+        return None
+
+    def _is_current(self, entry: tuple[float, int, bytes]) -> bool:
+        _, tick, key = entry
+        node = self._nodes.get(key)
+        return node is not None and not node.children and node.tick == tick
