@@ -31,7 +31,7 @@ CORPUS = ["the quick brown fox jumps over the lazy dog", "one two three four fiv
 def write_tiny_model(directory: Path, *, context_tokens: int = 512, template: str | None = TEMPLATE) -> Path:
     """Write the model into `directory` (made if need be) and return it; the same call gives the same weights."""
     directory.mkdir(parents=True, exist_ok=True)
-    vocab_size = _write_tokenizer(directory, template)
+    vocab_size = write_tokenizer(directory, template)
     config = _config(vocab_size, context_tokens)
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
@@ -62,7 +62,8 @@ def _config(vocab_size: int, context_tokens: int) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(directory: Path, template: str | None) -> int:
+def write_tokenizer(directory: Path, template: str | None = TEMPLATE) -> int:
+    """Write the tokenizer's files into the directory; returns the number of its tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

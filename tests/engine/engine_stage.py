@@ -107,11 +107,13 @@ def seeded(seed: int, max_tokens: int, temperature: float = 1.0) -> SamplingPara
     return SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens)
 
 
-def reference(model: nn.Module, prompt_ids: tuple[int, ...], max_tokens: int) -> list[int]:
-    """What mlx_lm says greedily, up to the end-of-text token."""
+def reference(
+    model: nn.Module, prompt_ids: tuple[int, ...], max_tokens: int, eos_ids: frozenset[int] = frozenset({EOS})
+) -> list[int]:
+    """What mlx_lm says greedily, up to a token that ends the text."""
     said: list[int] = []
     for token, _ in generate_step(mx.array(prompt_ids), model, max_tokens=max_tokens):
-        if token == EOS:
+        if token in eos_ids:
             break
         said.append(int(token))
     return said
