@@ -66,7 +66,8 @@ def test_a_longer_chain_can_be_evicted_whole() -> None:
 def test_other_salts_make_other_keys() -> None:
     _, one = _cache(salt="one")
     _, other = _cache(salt="other")
-    assert one._root != other._root  # pyright: ignore[reportPrivateUsage]
+    assert one.root("") != other.root("")
+    assert one.root("tenant") != one.root("")
 
 
 def test_equal_hashes_with_other_tokens_are_no_hit() -> None:

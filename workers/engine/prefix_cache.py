@@ -15,6 +15,8 @@ from workers.engine.page_chain import PageName, chain, chain_root
 from workers.engine.page_table import PageTable
 from workers.engine.page_worth import Worth, recompute_worth
 
+STORABLE_USES = 2  # written once, asked for once: worth keeping beyond memory
+
 
 @dataclass(slots=True)
 class CachedPage:
@@ -27,7 +29,6 @@ class CachedPage:
     value: float = 0.0
     tick: int = 0  # of its last entry among the leaves; older entries are outdated
     children: int = 0
-    stored: bool = False  # its bytes are on disk, or on their way there
 
 
 class PrefixCache:
@@ -62,35 +63,35 @@ class PrefixCache:
 
     def names(self, tokens: Sequence[int], isolation: str = "") -> tuple[list[PageName], int]:
         """The names of the full pages of `tokens`, and how many of them, from the first on, are known here."""
-        names = list(chain(self._root(isolation), tokens, self._page_tokens))
+        names = list(chain(self.root(isolation), tokens, self._page_tokens))
         known = next((at for at, name in enumerate(names) if self._find(name) is None), len(names))
         return names, known
 
     def match(self, tokens: Sequence[int], isolation: str = "") -> list[int]:
         """Pages of the longest known prefix of full pages; the caller owns one new reference to each."""
         found: list[CachedPage] = []
-        for name in chain(self._root(isolation), tokens, self._page_tokens):
+        for name in chain(self.root(isolation), tokens, self._page_tokens):
             node = self._find(name)
             if node is None:
                 break
             found.append(node)
         for node in found:
             node.uses += 1
-            if not node.stored:
+            if node.uses == STORABLE_USES:
                 self._asked_again[node.name.key] = node
         self._touch(found)
         pages = [node.page for node in found]
         self._table.retain(pages)
         return pages
 
-    def insert(self, tokens: Sequence[int], pages: Sequence[int], isolation: str = "", *, stored: bool = False) -> None:
+    def insert(self, tokens: Sequence[int], pages: Sequence[int], isolation: str = "") -> None:
         """Make `pages`, which hold the KV of the leading full pages of `tokens`, findable; what is known stays."""
-        root = self._root(isolation)
+        root = self.root(isolation)
         held: list[CachedPage] = []
         for page, name in zip(pages, chain(root, tokens, self._page_tokens), strict=False):
             node = self._nodes.get(name.key)
             if node is None:
-                node = self._nodes[name.key] = CachedPage(name, root, page, uses=1, stored=stored)
+                node = self._nodes[name.key] = CachedPage(name, root, page, uses=1)
                 self._table.retain((page,))
                 if held:
                     held[-1].children += 1
@@ -125,13 +126,9 @@ class PrefixCache:
         return len(chosen)
 
     def take_asked_again(self, count: int) -> list[CachedPage]:
-        """Up to `count` pages that were asked for since they were written and are not on disk; each is named once."""
-        taken: list[CachedPage] = []
-        while self._asked_again and len(taken) < count:
-            node = self._asked_again.pop(next(iter(self._asked_again)))
-            if not node.stored:
-                taken.append(node)
-        return taken
+        """Up to `count` pages that were asked for since they were written; each is named once."""
+        keys = [key for key, _ in zip(self._asked_again, range(count), strict=False)]
+        return [self._asked_again.pop(key) for key in keys]
 
     def cached_pages(self) -> list[int]:
         """The pages that the cache holds a reference to."""
@@ -149,7 +146,8 @@ class PrefixCache:
             assert node.children == children.get(key, 0), "children miscounted"
             assert node.children or key in offered, "a leaf that eviction never meets"
 
-    def _root(self, isolation: str) -> bytes:
+    def root(self, isolation: str) -> bytes:
+        """What chains with this isolation tag begin at."""
         return chain_root(self._salt, self._page_tokens, isolation)
 
     def _find(self, name: PageName) -> CachedPage | None:
