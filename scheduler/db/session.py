@@ -6,8 +6,10 @@ SQL makes one Database and closes it at its end; schema.py brings the tables up 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import shutil
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ def make_engine(settings: Settings) -> AsyncEngine:
         )
     engine = create_async_engine(url, connect_args={"timeout": LOCK_WAIT_S})
     event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+    event.listen(engine.sync_engine, "invalidate", _let_go_of_lock)
     return engine
 
 
@@ -73,6 +76,12 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
     for pragma in (f"busy_timeout={int(LOCK_WAIT_S * 1000)}", "journal_mode=WAL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _let_go_of_lock(connection: Any, _record: object, _error: object) -> None:
+    """Roll back what a cancelled task began: closed with rows of a RETURNING unread, SQLite would keep its lock."""
+    with contextlib.suppress(sqlite3.Error, ValueError):
+        connection.rollback()
 
 
 def startup_error(error: Exception, settings: Settings) -> StartupError:
