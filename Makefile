@@ -12,6 +12,8 @@ UV := $(or $(shell command -v uv 2>/dev/null),$(BIN)/uv)
 # Trust what this machine trusts (a company's proxy has its own root); uv's built-in roots where it has no store.
 export UV_SYSTEM_CERTS ?= $(if $(wildcard /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt /etc/ssl/cert.pem),true,false)
 INSTALL := $(UV) pip install --quiet --python $(BIN)/python
+# Every start is several processes, and the tests start hundreds: each would compile all it imports, for a second or two.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev up test check bench chaos lock clean
