@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,12 +57,14 @@ def test_without_redis_requests_fail_at_once_and_the_probe_says_so(tmp_path_fact
         pid = stage.call(redis_pid(stage))
         os.kill(pid, signal.SIGSTOP)
         try:
-            probe = stage.request("GET", "/readyz")
-            answers = [
-                stage.request_within(CLIENT_WAITS_S, "GET", "/v1/models"),
-                stage.request_within(CLIENT_WAITS_S, "POST", CHAT, stage.chat("hi")),
-                stage.request_within(CLIENT_WAITS_S, "POST", CHAT, stage.chat("hi", stream=True)),
-            ]
+            with ThreadPoolExecutor() as clients:
+                probing = clients.submit(stage.request, "GET", "/readyz")
+                asking = [
+                    clients.submit(stage.request_within, CLIENT_WAITS_S, "GET", "/v1/models"),
+                    clients.submit(stage.request_within, CLIENT_WAITS_S, "POST", CHAT, stage.chat("hi")),
+                    clients.submit(stage.request_within, CLIENT_WAITS_S, "POST", CHAT, stage.chat("hi", stream=True)),
+                ]
+            probe, answers = probing.result(), [asked.result() for asked in asking]
         finally:
             os.kill(pid, signal.SIGCONT)
         assert (probe.status, "redis" in probe.json["missing"]) == (503, True)

@@ -17,6 +17,7 @@ from api.cli.log_relay import LogRelay
 from api.cli.supervisor import Action, Supervisor
 from scheduler.errors import StartupError
 from scheduler.settings import Settings
+from tests.conftest import wait_until
 from tests.service import alive
 
 SLEEPER = "import time; print('up', flush=True); time.sleep(60)"
@@ -46,7 +47,8 @@ class Scene:
                 await self.supervisor.run([when_started], self.stop, self.hurry)
         finally:
             self.relay.close()
-        assert not any(alive(pid) for pid in self.pids), "a child was left behind"
+        # What a SIGKILL hit is gone a moment later; who ignores SIGTERM and got nothing else would stay for a minute.
+        await wait_until(lambda: not any(alive(pid) for pid in self.pids))
 
     def _note(self) -> None:
         self.pids |= {child.pid for child in self.supervisor.children.values()}
