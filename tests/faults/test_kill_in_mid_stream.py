@@ -16,7 +16,7 @@ from openai import AsyncOpenAI
 
 from tests.service import Service, running, wait_until_workers
 
-STREAMS = 32
+STREAMS, LINES = 32, 8  # each line is asked for by four clients at once, and heard alone once
 GREEDY: dict[str, Any] = {"temperature": 0}
 SEEDED: dict[str, Any] = {"temperature": 1.0, "seed": 7}
 
@@ -50,7 +50,7 @@ async def client(service: Service) -> AsyncIterator[AsyncOpenAI]:
 def _lines() -> list[str]:
     rng = random.Random(20)
     words = ["heron", "pebble", "lantern", "quartz", "willow", "copper", "ember", "fjord", "marble", "thistle"]
-    return [" ".join(f"{rng.choice(words)} {rng.randrange(1000)}" for _ in range(10)) for _ in range(STREAMS)]
+    return [" ".join(f"{rng.choice(words)} {rng.randrange(1000)}" for _ in range(10)) for _ in range(LINES)]
 
 
 def _request(line: str, **sampling: Any) -> dict[str, Any]:
@@ -95,8 +95,9 @@ async def test_streams_go_on_token_exact_when_a_process_is_killed(
     service: Service, client: AsyncOpenAI, victim: str, sampling: dict[str, Any]
 ) -> None:
     await asyncio.to_thread(wait_until_workers, service, 2)
-    requests = [_request(line, **sampling) for line in _lines()]
-    alone = [await _stream(client, request) for request in requests]
+    lines = [_request(line, **sampling) for line in _lines()]
+    requests = lines * (STREAMS // LINES)
+    alone = [await _stream(client, request) for request in lines] * (STREAMS // LINES)
     seen = asyncio.Semaphore(0)
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(_stream(client, request, seen)) for request in requests]

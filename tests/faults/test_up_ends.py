@@ -99,7 +99,7 @@ def _survives_the_death_of_parts(service: Service) -> None:
 
 
 def _ends_the_running_answer(service: Service) -> None:
-    tokens = 3000
+    tokens = 1500
     with OpenAI(base_url=f"{service.url}/v1", api_key="unused", max_retries=0, timeout=60) as client:
         stream = client.chat.completions.create(
             model="default",
