@@ -23,10 +23,15 @@ class Done:
 
 
 def spillway(stage: Stage, *arguments: str | Path, columns: int | None = None) -> Done:
-    """Into a pipe, or with `columns` onto a terminal that wide. What the API beside it logs is left out."""
+    """A command that talks to this stage's API, whose log is left out."""
+    return call(*arguments, "--url", stage.url, columns=columns)
+
+
+def call(*arguments: str | Path, columns: int | None = None) -> Done:
+    """Into a pipe, or with `columns` onto a terminal that wide."""
     out, err = _Output(columns is not None), _Output(columns is not None)
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err), capture_logs():
-        patch.setattr(sys, "argv", ["spillway", *map(str, arguments), "--url", stage.url])
+        patch.setattr(sys, "argv", ["spillway", *map(str, arguments)])
         if columns is not None:
             patch.setenv("COLUMNS", str(columns))
             patch.setenv("TERM", "xterm")

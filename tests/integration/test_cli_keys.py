@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.service import environment
+from tests.cli_call import Done, call
 
 
-def keys(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "api.cli", "keys", *arguments, "--home", str(home)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+def keys(home: Path, *arguments: str) -> Done:
+    return call("keys", *arguments, "--home", home)
 
 
 def test_a_key_is_shown_once_listed_by_its_beginning_and_revoked(tmp_path: Path) -> None:

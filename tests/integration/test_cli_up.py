@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI
 
+from tests.cli_call import call
 from tests.service import Service, environment, free_port, stop, wait_until_ready
 from tests.tiny_model import write_tiny_model
 
@@ -119,7 +120,7 @@ def test_every_process_logs_json_into_a_file_of_its_own(service: Service) -> Non
 
 
 def test_status_shows_processes_workers_and_queue(service: Service) -> None:
-    done = run("status", "--home", str(service.home), "--json")
+    done = call("status", "--home", service.home, "--json")
     report = json.loads(done.stdout)
     assert (done.returncode, report["ready"], report["address"]) == (0, True, service.url)
     assert set(report["processes"]) == {"api", "scheduler", "worker-1"}
@@ -170,13 +171,13 @@ def test_chat_shows_the_servers_own_words_on_an_error(service: Service) -> None:
 def test_models_and_jobs_are_listed_shown_and_watched(service: Service) -> None:
     home = ("--home", str(service.home))
     answer = run("chat", *home, "--max-tokens", "8", stdin="One more").stdout
-    assert run("models", *home).stdout == "tiny\n"
-    newest: dict[str, Any] = json.loads(run("jobs", "list", *home, "--json").stdout)[0]
+    assert call("models", *home).stdout == "tiny\n"
+    newest: dict[str, Any] = json.loads(call("jobs", "list", *home, "--json").stdout)[0]
     assert newest["id"] in run("jobs", *home).stdout
-    shown = json.loads(run("jobs", "show", newest["id"], *home, "--json").stdout)
+    shown = json.loads(call("jobs", "show", newest["id"], *home, "--json").stdout)
     assert (shown["state"], shown["usage"]["completion_tokens"]) == ("succeeded", newest["usage"]["completion_tokens"])
-    assert run("jobs", "watch", newest["id"], *home).stdout.strip("\n") == answer.strip("\n")
-    refusal = run("jobs", "cancel", newest["id"], *home)
+    assert call("jobs", "watch", newest["id"], *home).stdout.strip("\n") == answer.strip("\n")
+    refusal = call("jobs", "cancel", newest["id"], *home)
     assert refusal.returncode == 1
     assert "already succeeded" in refusal.stderr
 
@@ -237,9 +238,9 @@ def test_version_and_help() -> None:
 
 
 def test_status_and_stop_with_nothing_running(tmp_path: Path) -> None:
-    assert run("status", "--home", str(tmp_path)).returncode == 3
-    assert json.loads(run("status", "--home", str(tmp_path), "--json").stdout) == {"running": False}
-    done = run("stop", "--home", str(tmp_path))
+    assert call("status", "--home", tmp_path).returncode == 3
+    assert json.loads(call("status", "--home", tmp_path, "--json").stdout) == {"running": False}
+    done = call("stop", "--home", tmp_path)
     assert (done.returncode, done.stdout[:12]) == (0, "Nothing runs")
 
 
