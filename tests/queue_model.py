@@ -201,7 +201,7 @@ class Model:
             job.state, job.reclaimed = JobState.QUEUED, job.attempt > 0 or job.lost >= 2
 
     async def pass_deadline(self, job_id: str) -> None:
-        """Its deadline passes or, while it is queued without one, the queue's TTL."""
+        """Its deadline passes or, while it is queued without one, the queue's TTL, which ends no durable job."""
         job = self.jobs[job_id]
         if job.state.is_terminal or not (job.deadline or job.state is JobState.QUEUED):
             return
@@ -209,6 +209,8 @@ class Model:
             await ask(self.redis, "HSET", self.queue.keys.job(job_id), "deadline", 1)
         await ask(self.redis, "ZADD", self.queue.keys.of("deadlines"), 1, job_id)
         await self._sweep()
+        if job.waits and job.durable and not job.deadline:
+            return
         if job.waits:
             self._end(job_id, JobState.EXPIRED)
             view = await self.queue.view(job_id)

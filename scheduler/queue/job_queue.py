@@ -26,6 +26,7 @@ from scheduler.queue.records import (
     Outcome,
     SweepResult,
     claimed_job,
+    packed_spec,
 )
 from scheduler.settings import Settings
 from scheduler.tokens import EventId
@@ -60,7 +61,7 @@ class JobQueue(QueueReader):
     async def _enqueue(self, jobs: Sequence[NewJob]) -> list[Any]:
         shared = self._settings.queue_ttl_s * 1000, self._settings.queue_depth_cap
         try:
-            return await self._calls.run_each(scripts.ENQUEUE, self._prefix, shared, [_words(job) for job in jobs])
+            return await self._calls.run_each(scripts.ENQUEUE, self._prefix, shared, [_words(job, shared[0]) for job in jobs])
         except QueueUnavailable as error:
             if scripts.is_out_of_memory(error.__cause__):
                 raise _full("Redis is out of memory", 5000) from error
@@ -205,7 +206,7 @@ class JobQueue(QueueReader):
         return self._keep_ms, self._settings.max_lost, self._settings.max_attempts
 
 
-def _words(job: NewJob) -> tuple[scripts.Argument, ...]:
+def _words(job: NewJob, queue_ttl_ms: int) -> tuple[scripts.Argument, ...]:
     """A job as the enqueue script reads it."""
     idem = "" if job.idempotency_key is None else idempotency_part(job.tenant, job.idempotency_key)
     return (
@@ -216,15 +217,10 @@ def _words(job: NewJob) -> tuple[scripts.Argument, ...]:
         job.body,
         idem,
         job.body_digest,
-        job.cost_tokens,
-        job.kv_tokens or job.cost_tokens,
-        job.rows,
         _from_now(job.deadline_ms),
         _from_now(job.not_before_ms),
-        job.model,
-        int(job.durable),
-        job.batch_id,
         created_ms_of(job.id),
+        packed_spec(job, queue_ttl_ms),
     )
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from scheduler.job import AttemptView, ClaimedJob, JobState, JobView, Priority
-from scheduler.queue.keys import unquoted
+from scheduler.job import AttemptView, ClaimedJob, JobState, JobView, NewJob, Priority
+from scheduler.queue.keys import quoted, unquoted
 from scheduler.request import Usage
 
 
@@ -166,17 +166,36 @@ def pairs(flat: Iterable[bytes]) -> dict[bytes, bytes]:
     return dict(zip(items, items, strict=True))
 
 
+def packed_spec(job: NewJob, queue_ttl_ms: int) -> bytes:
+    """What was asked, one field of the job hash, as it never changes; read as a map by the scripts and by `job_view`."""
+    spec: dict[str, str | int] = {
+        "pool": quoted(job.pool),
+        "tenant": quoted(job.tenant),
+        "model": job.model,
+        "cost": job.cost_tokens,
+        "kv": job.kv_tokens or job.cost_tokens,
+        "rows": job.rows,
+        "qttl": queue_ttl_ms,
+    }
+    if job.durable:
+        spec["durable"] = 1
+    if job.batch_id:
+        spec["batch"] = job.batch_id
+    return _pack(spec)
+
+
 def job_view(job_id: str, fields: Mapping[bytes, bytes]) -> JobView:
     """The job hash."""
-    return _view(job_id, {name.decode(): value.decode() for name, value in fields.items()})
+    told = {name.decode(): value.decode() for name, value in fields.items() if name != b"spec"}
+    return _view(job_id, told | _unpack(fields[b"spec"]))
 
 
 def ended_job(fields: Mapping[bytes, bytes]) -> JobView:
     """An entry of the `done` stream: the job hash as it was at the end, packed by the script that sealed it."""
-    job_id, packed = fields[b"id"].decode(), fields.get(b"job")
-    return job_view(job_id, fields) if packed is None else _view(job_id, _unpack(packed))  # 0.1 wrote it field by field
+    return _view(fields[b"id"].decode(), _unpack(fields[b"job"]))
 
 
+_pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder(dict[str, str | int]).decode
 
 
@@ -188,7 +207,7 @@ def _view(job_id: str, fields: Mapping[str, str | int]) -> JobView:
         model=str(fields.get("model", "")),
         priority=Priority(fields["class"]),
         tenant=unquoted(str(fields["tenant"])),
-        attempt=int(fields["attempt"]),
+        attempt=int(fields.get("attempt", 0)),
         created_ms=int(fields["created"]),
         started_ms=_optional(fields, "started"),
         first_token_ms=_optional(fields, "first"),
@@ -198,7 +217,7 @@ def _view(job_id: str, fields: Mapping[str, str | int]) -> JobView:
         error_message=_optional_text(fields, "message"),
         usage=_usage(fields),
         attempts=_attempts(fields),
-        durable=fields.get("durable") == "1",
+        durable="durable" in fields,
         batch_id=_optional_text(fields, "batch"),
     )
 

@@ -1,12 +1,15 @@
 -- Who is next for a worker (`asker`, see starting.lua): lanes before classes, classes by stride, tenants by least
 -- service, FIFO inside. A found piece of work is {stream, sid, id}, with `class` and `tenant` where it is charged.
 
+local PARKED = {}
+for _, class in ipairs(CLASSES) do PARKED[class] = 'parked:' .. class end
+
 -- The lanes beside the classes are mostly empty: one look at all of them.
 local function look_at_lanes(asker)
   local pool = asker.pool
   local keys = { resume = lane_stream(pool, 'resume'), solo = lane_stream(pool, 'solo'), urgent = $urgent .. pool,
     paused = $paused }
-  for _, class in ipairs(CLASSES) do keys['parked:' .. class] = lane_stream(pool, 'parked:' .. class) end
+  for _, class in ipairs(CLASSES) do keys[PARKED[class]] = lane_stream(pool, PARKED[class]) end
   asker.lanes, asker.paused = {}, {}
   local names, list = {}, {}
   for name, key in pairs(keys) do names[#names + 1], list[#list + 1] = name, key end
@@ -35,8 +38,8 @@ end
 local function held_urgent_rows(asker)
   local rows = 0
   for _, id in ipairs(held(asker)) do
-    local seen = redis.call('HMGET', $job .. id, 'lane', 'rows')
-    if seen[1] == 'urgent' then rows = rows + math.min(tonumber(seen[2]), asker.total_rows) end
+    local job = load_job(id)
+    if job and job.lane == 'urgent' then rows = rows + rows_of(asker, job) end
   end
   return rows
 end
@@ -64,12 +67,11 @@ local function is_held_back(asker, reached, pass)
   return reached - pass < asker.total_kv
 end
 
-local function in_class(asker, class, tenant)
-  local parked = in_lane(asker, 'parked:' .. class)
+local function in_class(asker, class, least)
+  local parked = in_lane(asker, PARKED[class])
   if parked then return parked end
-  local stream = $queue .. asker.pool .. ':' .. class .. ':' .. tenant
-  local sid, id = peek(asker, stream)
-  return { stream = stream, sid = sid, id = id, class = class, tenant = tenant }
+  local sid, id = peek(asker, least.stream)
+  return { stream = least.stream, sid = sid, id = id, class = class, tenant = least.tenant }
 end
 
 local function load_passes(asker)
@@ -87,37 +89,39 @@ local function save_passes(asker)
   expire($passes .. asker.pool, $counter_ms)
 end
 
--- The least served tenant of a class that has work, or false. Who it is changes with every job of the class.
+-- The least served tenant of a class that has work, or false; with how far it may be charged until it is another one.
 local function least_served(asker, class)
   if asker.least[class] == nil then
-    asker.least[class] = redis.call('ZRANGE', $active .. asker.pool .. ':' .. class, 0, 0)[1] or false
+    local first = redis.call('ZRANGE', $active .. asker.pool .. ':' .. class, 0, 1, 'WITHSCORES')
+    asker.least[class] = first[1] and { tenant = first[1], owed = 0,
+      stream = $queue .. asker.pool .. ':' .. class .. ':' .. first[1],
+      slack = first[4] and tonumber(first[4]) - tonumber(first[2]) or math.huge } or false
   end
   return asker.least[class]
 end
 
 -- The class with the least pass among those that have work and may go now.
 local function by_stride(asker)
-  local best, chosen, tenant
+  local best, chosen, least
   for _, class in ipairs(CLASSES) do
-    local pass = asker.passes[class]
-    if not asker.paused[class] and (not best or pass < best)
+    local pass, first = asker.passes[class], least_served(asker, class)
+    if (first or asker.lanes[PARKED[class]]) and not asker.paused[class] and (not best or pass < best)
       and not (class == 'batch' and is_held_back(asker, asker.passes.now, pass)) then
-      local least = least_served(asker, class)
-      if least or asker.lanes['parked:' .. class] then best, chosen, tenant = pass, class, least end
+      best, chosen, least = pass, class, first
     end
   end
   asker.reached = best
-  return chosen, tenant
+  return chosen, least
 end
 
 local function next_work(asker)
   local work = in_lane(asker, 'resume') or in_haste(asker)
   if work then return work end
   while true do
-    local class, tenant = by_stride(asker)
+    local class, least = by_stride(asker)
     if not class then return nil end
-    if tenant then return in_class(asker, class, tenant) end
-    work = in_lane(asker, 'parked:' .. class)
+    if least then return in_class(asker, class, least) end
+    work = in_lane(asker, PARKED[class])
     if work then return work end  -- else the parked lane is empty but for running jobs: choose anew without it
   end
 end

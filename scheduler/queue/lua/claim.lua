@@ -31,8 +31,8 @@ local function serve(work)
   if job and not fits(asker, job) then return false, job end
   if job then take(asker, work, job) end
   if work.class and not peek(asker, work.stream) then
+    settle_charges(asker, work.class)
     deactivate(asker.pool, work.class, work.tenant)
-    asker.least[work.class] = nil
   end
 end
 
@@ -98,6 +98,7 @@ local ids = nonce
 for _, job in ipairs(jobs) do ids = ids .. ' ' .. job[1] end
 redis.call('SET', $lastclaim .. asker.worker, ids, 'PX', $rate_ms)
 expire(asker.own, $slack_ms)
+for _, class in ipairs(CLASSES) do settle_charges(asker, class) end
 give_all(asker)
 save_passes(asker)
 note_rate()

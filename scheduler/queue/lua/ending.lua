@@ -15,11 +15,19 @@ end
 -- until the recorder releases them, and, where it did not succeed, its body for a retry by hand.
 local function seal(id, job, now, final, keep_ms)
   local hash, log = $job .. id, $log .. id
-  local durable, failed = job.durable == '1', (final.code or '') ~= ''
+  local durable, failed = job.durable, (final.code or '') ~= ''
   if durable then keep_ms = math.max(keep_ms, $durable_keep_ms) end
   local last = job.attempt .. '-4294967295'
-  change(job, { state = final.state, finished = now, code = failed and final.code,
-    message = failed and (final.message or ''), sid = false, lane = false, cancel = false })
+  set(job, 'state', final.state)
+  set(job, 'finished', now)
+  if failed then
+    set(job, 'code', final.code)
+    set(job, 'message', final.message or '')
+  elseif job.code then  -- of an earlier try
+    set(job, 'code', nil)
+    set(job, 'message', nil)
+  end
+  if job.cancel then set(job, 'cancel', nil) end
   save(id, job)
   redis.call('XADD', log, last, 'p', final.payload)
   redis.call('PUBLISH', $channel .. id, last .. ' ' .. final.payload)
@@ -70,7 +78,7 @@ local function requeue(id, job, now, keep_ms, lane)
     return 'expired'
   end
   count_depth(job, 1)
-  change(job, { worker = false })
+  set(job, 'worker', nil)
   make_ready(id, job, now, lane)
   return 'queued'
 end

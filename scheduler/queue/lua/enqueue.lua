@@ -1,7 +1,7 @@
 -- Accepts jobs, or says why not, each on its own. Reads come first; the first write is one that Redis refuses at
--- maxmemory. ARGV: queue TTL, depth cap, then sixteen words per job. Returns for each {'created'|'attached'|'mismatch',
+-- maxmemory. ARGV: queue TTL, depth cap, then eleven words per job. Returns for each {'created'|'attached'|'mismatch',
 -- job id}, {'full'|'memory', retry after ms} or {'draining'}.
-local WORDS = 16
+local WORDS = 11
 local qttl, cap, now = tonumber(ARGV[1]), tonumber(ARGV[2]), now_ms()
 local gate, draining, depths = redis.call('GET', $gate), {}, {}
 
@@ -44,7 +44,7 @@ local function accept(id, job, body, wait, made)
   add($count, 'accepted', 1)
   count_depth(job, 1)
   if wait > 0 then
-    change(job, { state = 'scheduled' })
+    set(job, 'state', 'scheduled')
     save(id, job)
     set_due(id, job, now + wait)
     if job.deadline > 0 then put('zset', $deadlines, id, job.deadline) end
@@ -55,16 +55,15 @@ local function accept(id, job, body, wait, made)
   redis.call('SET', $body .. id, body, 'PX', keep)
 end
 
-local function enqueue(id, pool, class, tenant, body, idem, digest, cost, kv, rows, due, wait, model, durable, batch, made)
+local function enqueue(id, pool, class, tenant, body, idem, digest, due, wait, made, spec)
   local answer = earlier(idem, digest)
   if answer then return answer end
   if redis.call('EXISTS', $job .. id) == 1 then return { 'created', id } end
   answer = refusal(pool, class)
   if answer then return answer end
-  local job = { changed = {}, lost = 0 }
-  change(job, { pool = pool, class = class, tenant = tenant, model = model, cost = cost, kv = kv, rows = rows, qttl = qttl,
-    deadline = due == '0' and 0 or now + tonumber(due), created = now, attempt = 0 })
-  if durable == '1' or batch ~= '' then change(job, { durable = durable, batch = batch }) end
+  local job = { pool = pool, class = class, lane = class, tenant = tenant, qttl = qttl, deadline = 0, lost = 0,
+    attempt = 0, changed = { spec = spec, class = class, created = now } }
+  if due ~= '0' then set(job, 'deadline', now + tonumber(due)) end
   accept(id, job, body, tonumber(wait), made)
   if idem ~= '' then redis.call('SET', $idem .. idem, id .. ' ' .. digest, 'PX', $idem_ms) end
   return { 'created', id }

@@ -9,7 +9,9 @@ local function retry(id, job, delay)
   if job.cancel or delay == 0 or (job.deadline > 0 and job.deadline <= now + delay) then
     return requeue(id, job, now, keep_ms)
   end
-  change(job, { state = 'scheduled', worker = false, sid = false })
+  set(job, 'state', 'scheduled')
+  set(job, 'worker', nil)
+  set(job, 'sid', nil)
   save(id, job)
   redis.call('PEXPIRE', $job .. id, job.qttl + delay + $slack_ms)
   redis.call('PEXPIRE', $body .. id, job.qttl + delay + $slack_ms)
@@ -21,10 +23,14 @@ local function finish(job, id, outcome, payload, code, message, prompt, completi
   release(id, job)
   delay = tonumber(delay)
   if delay >= 0 then
-    change(job, { fails = job.fails + 1, code = code, message = message })
+    set(job, 'fails', job.fails + 1)
+    set(job, 'code', code)
+    set(job, 'message', message)
     return retry(id, job, delay)
   end
-  change(job, { prompt = prompt, completion = completion, cached = cached })
+  set(job, 'prompt', prompt)
+  set(job, 'completion', completion)
+  set(job, 'cached', cached)
   credit(job, prompt + 2 * completion - job.cost)  -- the tenant was charged a guess at the claim
   local final = { state = outcome, payload = payload, code = code, message = message }
   if outcome == 'cancelled' then final = ENDS[job.cancel or 'cancelled'] end
@@ -43,7 +49,7 @@ for i, id in ipairs(ids) do
   local attempt, mark = ARGV[at + 1], worker .. ' ' .. ARGV[at + 1]
   local job = owned[i] == attempt and load_job(id)
   if job and job.ended ~= mark then
-    change(job, { ended = mark })
+    set(job, 'ended', mark)
     finish(job, id, unpack(ARGV, at + 2, at + WORDS - 1))
     replies[i] = 1
   else

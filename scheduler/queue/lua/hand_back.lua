@@ -9,6 +9,7 @@ end
 local job = load_job(id)
 if not job then return 0 end
 release(id, job)
-change(job, { ended = mark, handed = job.handed + 1 })
+set(job, 'ended', mark)
+set(job, 'handed', job.handed + 1)
 requeue(id, job, now_ms(), keep_ms, preempted and 'parked:' .. job.class or nil)
 return 1

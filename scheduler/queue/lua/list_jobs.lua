@@ -2,20 +2,21 @@
 -- ARGV: limit, before ms, before id ('': from the newest), then tenant, state, pool, class, batch ('': any).
 -- Returns {ids, the last id looked at, or '' where no older one is left}.
 local limit, before = tonumber(ARGV[1]), ARGV[3]
-local wanted, names = {}, { 'tenant', 'state', 'pool', 'class', 'batch' }
-local found, last, looked = {}, '', 0
+local wanted, found, last, looked = {}, {}, '', 0
 
 local function matches(id)
-  local seen = redis.call('HMGET', $job .. id, unpack(names))
-  if not seen[2] then return false end
-  for i, value in pairs(wanted) do
-    if seen[i] ~= value then return false end
+  local seen = redis.call('HMGET', $job .. id, 'state', 'class', 'spec')
+  if not seen[3] then return false end
+  local job = cmsgpack.unpack(seen[3])
+  job.state, job.class = seen[1], seen[2]
+  for name, value in pairs(wanted) do
+    if job[name] ~= value then return false end
   end
   return true
 end
 
-for i = 1, #names do
-  if ARGV[3 + i] ~= '' then wanted[i] = ARGV[3 + i] end
+for i, name in ipairs({ 'tenant', 'state', 'pool', 'class', 'batch' }) do
+  if ARGV[3 + i] ~= '' then wanted[name] = ARGV[3 + i] end
 end
 local rank = before == '' and 0 or redis.call('ZREVRANK', $live, before)
 if not rank then

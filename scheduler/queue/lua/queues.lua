@@ -12,10 +12,10 @@ end
 local function count_running()
   for _, worker in ipairs(redis.call('ZRANGE', $lease, 0, -1)) do
     for _, id in ipairs(redis.call('HKEYS', $own .. worker)) do
-      local seen = redis.call('HMGET', $job .. id, 'pool', 'class')
-      if seen[1] then
-        local field = seen[1] .. '|' .. seen[2]
-        pools[seen[1]] = true
+      local job = load_job(id)
+      if job then
+        local field = job.pool .. '|' .. job.class
+        pools[job.pool] = true
         running[field] = (running[field] or 0) + 1
       end
     end

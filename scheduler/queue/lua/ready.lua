@@ -4,26 +4,31 @@ local ENDED = { succeeded = true, failed = true, cancelled = true, expired = tru
 local CLASSES = { 'high', 'normal', 'low', 'batch' }
 local WEIGHT = { high = 64, normal = 16, low = 4, batch = 1 }
 
--- A job's hash as a table, numbers as such and 0 where they are not set; nil where the job is unknown.
-local function load_job(id)
-  local flat = redis.call('HGETALL', $job .. id)
-  local job = { attempt = 0, lost = 0, fails = 0, handed = 0, cost = 0, kv = 0, rows = 0, qttl = 0, deadline = 0,
-    changed = {} }
-  for i = 1, #flat, 2 do
-    local name, value = flat[i], flat[i + 1]
-    job[name] = job[name] and tonumber(value) or value
-  end
-  return job.state and job
-end
+local NUMBERS = { 'attempt', 'lost', 'fails', 'handed', 'deadline' }
 
--- Fields of a job get new values, or go where the value is false; `save` writes them.
-local function change(job, fields)
-  for name, value in pairs(fields) do
-    if value ~= false or job[name] ~= nil then
-      job.changed[name] = value
-      job[name] = value or nil
+-- A job as a table: what was asked (`spec`: pool, tenant, model, cost, kv, rows, qttl, durable, batch; packed, as it
+-- never changes) and the other fields of its hash, numbers 0 and the lane its class where they are not set. Nil where
+-- the job is unknown.
+local function load_job(id)
+  local flat, spec = redis.call('HGETALL', $job .. id), nil
+  for i = 1, #flat, 2 do
+    if flat[i] == 'spec' then
+      spec = flat[i + 1]
+      break
     end
   end
+  if not spec then return nil end
+  local job = cmsgpack.unpack(spec)
+  for i = 1, #flat, 2 do job[flat[i]] = flat[i + 1] end
+  for _, name in ipairs(NUMBERS) do job[name] = tonumber(job[name] or 0) end
+  if not job.lane then job.lane = job.class end
+  job.spec, job.changed = nil, {}
+  return job
+end
+
+-- A field of a job gets a new value, or goes where there is none; `save` writes it.
+local function set(job, name, value)
+  job[name], job.changed[name] = value, value == nil and false or value
 end
 
 local function save(id, job)
@@ -128,8 +133,9 @@ end
 local function make_ready(id, job, now, lane)
   lane = (job.lost >= 2 and 'solo') or lane or (job.attempt > 0 and 'resume') or job.class
   local keep, limit = job.qttl + $slack_ms, now + job.qttl
-  change(job, { state = 'queued', lane = lane })
-  change(job, { sid = append(stream_of(job), id, keep) })
+  set(job, 'state', 'queued')
+  if lane ~= job.lane then set(job, 'lane', lane) end
+  set(job, 'sid', append(stream_of(job), id, keep))
   save(id, job)
   if WEIGHT[lane] then
     activate(job.pool, lane, job.tenant)

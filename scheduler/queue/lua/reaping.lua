@@ -25,7 +25,7 @@ end
 
 -- One job lost with its worker. Returns what became of it: queued, cancelled, expired or dead.
 local function lose(id, job, now, limits)
-  change(job, { lost = job.lost + 1 })
+  set(job, 'lost', job.lost + 1)
   release(id, job)
   local over = job.lost >= limits.max_lost or job.lost + job.fails >= limits.max_attempts
   if over and not job.cancel then

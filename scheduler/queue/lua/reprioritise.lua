@@ -10,8 +10,7 @@ if ENDED[job.state] or job.class == class then return job.state end
 local function move_queued()
   local limit, lane = redis.call('ZSCORE', $deadlines, id), job.lane
   leave_queue(id, job)
-  job.class = class
-  redis.call('HSET', $job .. id, 'class', class)
+  set(job, 'class', class)
   make_ready(id, job, now_ms(), WEIGHT[lane] and class or 'parked:' .. class)
   if limit then put('zset', $deadlines, id, limit) end
   count_depth(job, 1)
@@ -23,9 +22,10 @@ local function rename()
     if waits then count_depth(job, by) end
     if scheduled then count_in($scheduled, job, by) end
     if not waits then credit(job, by * job.cost) end
-    job.class = class
+    set(job, 'class', class)
   end
-  redis.call('HSET', $job .. id, 'class', class)
+  set(job, 'lane', job.lane)  -- its entry stays where it is
+  save(id, job)
 end
 
 if job.state == 'queued' and (WEIGHT[job.lane] or string.find(job.lane, 'parked:', 1, true)) then

@@ -4,7 +4,8 @@ redis.call('PEXPIRE', $own .. worker, $slack_ms)  -- always allowed, so that the
 local now, held = now_ms(), held_jobs(worker)
 for _, one in ipairs(held) do
   release(one.id, one.job)
-  change(one.job, { ended = worker .. ' ' .. one.job.attempt, handed = one.job.handed + 1 })
+  set(one.job, 'ended', worker .. ' ' .. one.job.attempt)
+  set(one.job, 'handed', one.job.handed + 1)
   requeue(one.id, one.job, now, keep_ms)
 end
 forget_worker(worker)

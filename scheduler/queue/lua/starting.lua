@@ -21,11 +21,25 @@ local function fits(asker, job)
   return rows_of(asker, job) <= asker.rows and (asker.idle or job.kv <= asker.kv)
 end
 
+-- Writes what the class's least served tenant was charged, and forgets who it is.
+local function settle_charges(asker, class)
+  local least = asker.least[class]
+  if least and least.owed > 0 then
+    redis.call('ZINCRBY', $active .. asker.pool .. ':' .. class, least.owed, least.tenant)
+  end
+  asker.least[class] = nil
+end
+
 local function charge(asker, job)
-  local pass, cost = asker.passes[job.class], math.max(1, job.cost)
+  local pass, cost, least = asker.passes[job.class], math.max(1, job.cost), asker.least[job.class]
   asker.passes.now, asker.passes[job.class] = pass, pass + cost / WEIGHT[job.class]
-  asker.least[job.class] = nil
-  redis.call('ZINCRBY', $active .. job.pool .. ':' .. job.class, cost, job.tenant)
+  if least and least.tenant == job.tenant then
+    least.owed = least.owed + cost
+    if least.owed >= least.slack then settle_charges(asker, job.class) end
+  else  -- an urgent job of another tenant
+    settle_charges(asker, job.class)
+    redis.call('ZINCRBY', $active .. job.pool .. ':' .. job.class, cost, job.tenant)
+  end
 end
 
 -- After a failover the counter may have gone back: attempts of another epoch start above all that were seen before.
@@ -36,15 +50,21 @@ end
 
 local function start(asker, id, job)
   local log, now = $log .. id, asker.now
-  change(job, { state = 'running', attempt = next_attempt(asker, job), worker = asker.worker,
-    started = job.started or now })
-  change(job, { ['a:' .. job.attempt] = now .. ' ' .. asker.worker, ['a:' .. (job.attempt - 16)] = false })
+  local attempt = next_attempt(asker, job)
+  set(job, 'state', 'running')
+  set(job, 'attempt', attempt)
+  set(job, 'worker', asker.worker)
+  if not job.started then set(job, 'started', now) end
+  set(job, 'a:' .. attempt, now .. ' ' .. asker.worker)
+  if attempt > 16 then set(job, 'a:' .. (attempt - 16), nil) end
   save(id, job)
-  local first = job.attempt .. '-0'
-  local payload = cmsgpack.pack({ type = 'started', worker = asker.worker, at_ms = now })
-  redis.call('XADD', log, first, 'p', payload)
+  if not asker.started then
+    asker.started = cmsgpack.pack({ type = 'started', worker = asker.worker, at_ms = now })
+  end
+  local first = attempt .. '-0'
+  redis.call('XADD', log, first, 'p', asker.started)
   redis.call('PEXPIRE', log, job.qttl + $slack_ms)
-  redis.call('PUBLISH', $channel .. id, first .. ' ' .. payload)
+  redis.call('PUBLISH', $channel .. id, first .. ' ' .. asker.started)
   put('hash', asker.own, id, job.attempt)
   put('zset', $deadlines, id, job.deadline > 0 and job.deadline)
 end
@@ -53,8 +73,8 @@ end
 local function move_to_urgent(asker, id, job, stream)
   drop_entry(stream, job.sid)
   look_again(asker, stream)
-  change(job, { lane = 'urgent' })
-  change(job, { sid = append(stream_of(job), id, job.qttl + $slack_ms) })
+  set(job, 'lane', 'urgent')
+  set(job, 'sid', append(stream_of(job), id, job.qttl + $slack_ms))
 end
 
 -- `work`: as choosing.lua found it. Work with a class is charged to it and to its tenant; the other lanes were charged

@@ -71,7 +71,7 @@ local function end_overdue()
     redis.call('ZREM', $deadlines, id)
     local job = load_job(id)
     local late = job and job.deadline > 0 and job.deadline <= now
-    if job and (job.state == 'queued' or job.state == 'scheduled') and job.durable == '1' and not late then
+    if job and (job.state == 'queued' or job.state == 'scheduled') and job.durable and not late then
       wait_on(id, job)
     elseif job and (job.state == 'queued' or job.state == 'scheduled') then
       leave_queue(id, job)
