@@ -152,6 +152,8 @@ class EmbeddedRedis:
             "appendfsync": "everysec",
             "maxmemory": str(self._maxmemory_bytes),
             "maxmemory-policy": "noeviction",
+            "stream-node-max-entries": "16",  # entries of ready streams go one by one, found by a walk through a node
+            "hash-max-ziplist-value": "256",  # job hashes stay compact
             "daemonize": "no",
         }
         return [word for name, value in options.items() for word in (f"--{name}", value)]

@@ -61,7 +61,9 @@ class JobQueue(QueueReader):
     async def _enqueue(self, jobs: Sequence[NewJob]) -> list[Any]:
         shared = self._settings.queue_ttl_s * 1000, self._settings.queue_depth_cap
         try:
-            return await self._calls.run_each(scripts.ENQUEUE, self._prefix, shared, [_words(job, shared[0]) for job in jobs])
+            return await self._calls.run_each(
+                scripts.ENQUEUE, self._prefix, shared, [_words(job, shared[0]) for job in jobs]
+            )
         except QueueUnavailable as error:
             if scripts.is_out_of_memory(error.__cause__):
                 raise _full("Redis is out of memory", 5000) from error

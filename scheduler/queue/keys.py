@@ -158,4 +158,4 @@ def lua_names() -> dict[str, str]:
         "dead_maxlen": DEAD_MAXLEN,
     }
     words = {"group": f"'{GROUP}'"}
-    return names | {name: str(value) for name, value in numbers.items()} | words
+    return names | {name: f"'{value}'" for name, value in numbers.items()} | words  # Redis is told words faster

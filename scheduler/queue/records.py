@@ -167,46 +167,41 @@ def pairs(flat: Iterable[bytes]) -> dict[bytes, bytes]:
 
 
 def packed_spec(job: NewJob, queue_ttl_ms: int) -> bytes:
-    """What was asked, one field of the job hash, as it never changes; read as a map by the scripts and by `job_view`."""
-    spec: dict[str, str | int] = {
-        "pool": quoted(job.pool),
-        "tenant": quoted(job.tenant),
-        "model": job.model,
-        "cost": job.cost_tokens,
-        "kv": job.kv_tokens or job.cost_tokens,
-        "rows": job.rows,
-        "qttl": queue_ttl_ms,
-    }
-    if job.durable:
-        spec["durable"] = 1
-    if job.batch_id:
-        spec["batch"] = job.batch_id
-    return _pack(spec)
+    """What was asked, one field of the job hash, as it never changes; read by `_view` and by ready.lua."""
+    kv, durable, batch = job.kv_tokens or job.cost_tokens, int(job.durable), job.batch_id or "-"
+    names = f"{quoted(job.pool)} {quoted(job.tenant)}"
+    return f"{names} {job.cost_tokens} {kv} {job.rows} {queue_ttl_ms} {durable} {batch} {job.model}".encode()
 
 
 def job_view(job_id: str, fields: Mapping[bytes, bytes]) -> JobView:
     """The job hash."""
-    told = {name.decode(): value.decode() for name, value in fields.items() if name != b"spec"}
-    return _view(job_id, told | _unpack(fields[b"spec"]))
+    return _view(job_id, {name.decode(): value.decode() for name, value in fields.items()})
 
 
 def ended_job(fields: Mapping[bytes, bytes]) -> JobView:
-    """An entry of the `done` stream: the job hash as it was at the end, packed by the script that sealed it."""
-    return _view(fields[b"id"].decode(), _unpack(fields[b"job"]))
+    """An entry of the `done` stream: the job hash as it was before the end, and what that changed (False: removed)."""
+    flat, changed = _unpack(fields[b"job"])
+    told: dict[str, str | int] = pairs(flat)
+    for name, value in changed.items():
+        if value is False:
+            told.pop(name, None)
+        else:
+            told[name] = value
+    return _view(fields[b"id"].decode(), told)
 
 
-_pack = msgspec.msgpack.Encoder().encode
-_unpack = msgspec.msgpack.Decoder(dict[str, str | int]).decode
+_unpack = msgspec.msgpack.Decoder(tuple[list[str], dict[str, str | int | bool]]).decode
 
 
 def _view(job_id: str, fields: Mapping[str, str | int]) -> JobView:
+    pool, tenant, _, _, _, _, durable, batch, model = str(fields["spec"]).split(" ", 8)
     return JobView(
         id=job_id,
         state=JobState(fields["state"]),
-        pool=unquoted(str(fields["pool"])),
-        model=str(fields.get("model", "")),
+        pool=unquoted(pool),
+        model=model,
         priority=Priority(fields["class"]),
-        tenant=unquoted(str(fields["tenant"])),
+        tenant=unquoted(tenant),
         attempt=int(fields.get("attempt", 0)),
         created_ms=int(fields["created"]),
         started_ms=_optional(fields, "started"),
@@ -217,8 +212,8 @@ def _view(job_id: str, fields: Mapping[str, str | int]) -> JobView:
         error_message=_optional_text(fields, "message"),
         usage=_usage(fields),
         attempts=_attempts(fields),
-        durable="durable" in fields,
-        batch_id=_optional_text(fields, "batch"),
+        durable=durable == "1",
+        batch_id=None if batch == "-" else batch,
     )
 
 

@@ -81,9 +81,9 @@ local function load_passes(asker)
 end
 
 local function save_passes(asker)
-  local fields = {}
-  for name, pass in pairs(asker.passes) do
-    fields[#fields + 1], fields[#fields + 2] = name, string.format('%.17g', pass)
+  local fields = { 'now', string.format('%.17g', asker.passes.now) }
+  for class in pairs(asker.charged) do
+    fields[#fields + 1], fields[#fields + 2] = class, string.format('%.17g', asker.passes[class])
   end
   redis.call('HSET', $passes .. asker.pool, unpack(fields))
   expire($passes .. asker.pool, $counter_ms)

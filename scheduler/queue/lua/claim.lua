@@ -3,11 +3,13 @@
 local asker = { worker = ARGV[1], pool = ARGV[4], own = $own .. ARGV[1], rows = tonumber(ARGV[5]),
   total_rows = tonumber(ARGV[6]), kv = tonumber(ARGV[7]), total_kv = tonumber(ARGV[8]),
   urgent_slack = tonumber(ARGV[10]), kv_threshold = tonumber(ARGV[11]),
-  jobs = {}, claims = {}, readings = {}, given = {}, least = {} }
+  jobs = {}, claims = {}, readings = {}, given = {}, least = {}, charged = {} }
 local ttl, nonce, may_preempt = tonumber(ARGV[2]), ARGV[3], ARGV[9] == '1'
 redis.call('PEXPIRE', asker.own, $slack_ms)  -- always allowed, so that the script passes at maxmemory
 asker.now = now_ms()
-redis.call('ZADD', $lease, asker.now + ttl, asker.worker)
+asker.since = text(asker.now) .. ' ' .. asker.worker
+asker.started = cmsgpack.pack({ type = 'started', worker = asker.worker, at_ms = asker.now })
+redis.call('ZADD', $lease, text(asker.now + ttl), asker.worker)
 
 -- The reply to this very claim got lost: say the same again.
 local function repeated()
@@ -71,7 +73,7 @@ end
 local function note_rate()
   local rate = $rate .. asker.pool
   local seen = redis.call('HMGET', rate, 'at', unpack(CLASSES))
-  local decay, fields = math.exp((tonumber(seen[1] or asker.now) - asker.now) / 30000), { 'at', asker.now }
+  local decay, fields = math.exp((tonumber(seen[1] or asker.now) - asker.now) / 30000), { 'at', text(asker.now) }
   for i, class in ipairs(CLASSES) do
     local count = tonumber(seen[i + 1] or 0) * decay + (asker.claims[class] or 0)
     if count > 0 then

@@ -4,7 +4,7 @@ local worker, ttl = ARGV[1], ARGV[2]
 local own, log, channel = $own .. worker, $log, $channel
 redis.call('PEXPIRE', own, $slack_ms)  -- always allowed, so that the script passes at maxmemory
 local lost = not redis.call('ZSCORE', $lease, worker)
-if not lost then redis.call('ZADD', $lease, now_ms() + ttl, worker) end
+if not lost then redis.call('ZADD', $lease, text(now_ms() + ttl), worker) end
 
 local fenced, ids = {}, {}
 for i = 3, #ARGV do ids[i - 2] = string.match(ARGV[i], '^%S+') end
@@ -18,7 +18,7 @@ for i, id in ipairs(ids) do
     local logged = redis.pcall('XADD', log .. id, 'NOMKSTREAM', attempt .. '-' .. seq, 'p', string.sub(message, from))
     if type(logged) == 'string' then
       redis.call('PUBLISH', channel .. id, message)
-      if seq == '1' then redis.call('HSETNX', $job .. id, 'first', now_ms()) end
+      if seq == '1' then redis.call('HSETNX', $job .. id, 'first', text(now_ms())) end
     elseif not logged then
       fenced[#fenced + 1] = id  -- the log is gone, and the job with it
     end  -- else: not above the last id, the repeat of an emit whose reply got lost

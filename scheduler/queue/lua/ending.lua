@@ -12,14 +12,14 @@ end
 
 -- The job becomes terminal: last event, outcome to the recorder, TTLs. The caller took it out of queue or worker.
 -- `final`: state, payload, code, message; `keep_ms`: how long its hash and log stay readable. A durable job's stay
--- until the recorder releases them, and, where it did not succeed, its body for a retry by hand.
-local function seal(id, job, now, final, keep_ms)
+-- until the recorder releases them. Where it did not succeed, or `keeps_body`, the body stays for a retry by hand.
+local function seal(id, job, now, final, keep_ms, keeps_body)
   local hash, log = $job .. id, $log .. id
   local durable, failed = job.durable, (final.code or '') ~= ''
   if durable then keep_ms = math.max(keep_ms, $durable_keep_ms) end
   local last = job.attempt .. '-4294967295'
   set(job, 'state', final.state)
-  set(job, 'finished', now)
+  set(job, 'finished', text(now))
   if failed then
     set(job, 'code', final.code)
     set(job, 'message', final.message or '')
@@ -31,25 +31,22 @@ local function seal(id, job, now, final, keep_ms)
   save(id, job)
   redis.call('XADD', log, last, 'p', final.payload)
   redis.call('PUBLISH', $channel .. id, last .. ' ' .. final.payload)
-  redis.call('PEXPIRE', log, keep_ms)
-  redis.call('PEXPIRE', hash, keep_ms)
-  if durable and final.state ~= 'succeeded' then
+  redis.call('PEXPIRE', log, text(keep_ms))
+  redis.call('PEXPIRE', hash, text(keep_ms))
+  if keeps_body or durable and final.state ~= 'succeeded' then
     redis.call('PEXPIRE', $body .. id, $dead_ms)
   else
-    redis.call('DEL', $body .. id)
+    delete($body .. id)
   end
   put('zset', $deadlines, id, false)
   put('zset', $live, id, false)
   add($count, final.state, 1)
-  job.changed = nil
-  redis.call('XADD', $done, 'MAXLEN', '~', $done_maxlen, '*', 'id', id, 'job', cmsgpack.pack(job))
+  redis.call('XADD', $done, 'MAXLEN', '~', $done_maxlen, '*', 'id', id, 'job', cmsgpack.pack({ job.flat, job.changed }))
 end
 
 -- A failed job that ran out of attempts: kept with its body for a day, and listed.
 local function bury(id, job, now, final, keep_ms)
-  local body = redis.call('GET', $body .. id)
-  seal(id, job, now, final, keep_ms)
-  if body then redis.call('SET', $body .. id, body, 'PX', $dead_ms) end
+  seal(id, job, now, final, keep_ms, true)
   redis.call('PEXPIRE', $job .. id, $dead_ms)
   local entry = redis.call('XADD', $dead, 'MAXLEN', '~', $dead_maxlen, '*', 'id', id, 'pool', job.pool,
     'class', job.class, 'tenant', job.tenant, 'attempt', job.attempt, 'code', final.code, 'message', final.message)

@@ -5,6 +5,15 @@ local WORDS = 11
 local qttl, cap, now = tonumber(ARGV[1]), tonumber(ARGV[2]), now_ms()
 local gate, draining, depths = redis.call('GET', $gate), {}, {}
 
+local hashes, accepted = {}, {}
+for i = 3, #ARGV, WORDS do hashes[#hashes + 1] = $job .. ARGV[i] end
+local all_new = redis.call('EXISTS', unpack(hashes)) == 0
+
+-- An enqueue whose reply got lost is repeated, perhaps in one call with the first.
+local function is_known(id)
+  return accepted[id] or not all_new and redis.call('EXISTS', $job .. id) == 1
+end
+
 -- A job that answers a repeated request: running or succeeded. One that failed or was cancelled may be tried anew.
 local function answers(other)
   local seen = redis.call('HMGET', $job .. other, 'state', 'cancel')
@@ -51,20 +60,21 @@ local function accept(id, job, body, wait, made)
   else
     make_ready(id, job, now)
   end
-  redis.call('PEXPIRE', $job .. id, keep)
-  redis.call('SET', $body .. id, body, 'PX', keep)
+  redis.call('PEXPIRE', $job .. id, text(keep))
+  redis.call('SET', $body .. id, body, 'PX', text(keep))
 end
 
 local function enqueue(id, pool, class, tenant, body, idem, digest, due, wait, made, spec)
   local answer = earlier(idem, digest)
   if answer then return answer end
-  if redis.call('EXISTS', $job .. id) == 1 then return { 'created', id } end
+  if is_known(id) then return { 'created', id } end
   answer = refusal(pool, class)
   if answer then return answer end
   local job = { pool = pool, class = class, lane = class, tenant = tenant, qttl = qttl, deadline = 0, lost = 0,
-    attempt = 0, changed = { spec = spec, class = class, created = now } }
+    attempt = 0, changed = { spec = spec, class = class, created = text(now) } }
   if due ~= '0' then set(job, 'deadline', now + tonumber(due)) end
   accept(id, job, body, tonumber(wait), made)
+  accepted[id] = true
   if idem ~= '' then redis.call('SET', $idem .. idem, id .. ' ' .. digest, 'PX', $idem_ms) end
   return { 'created', id }
 end

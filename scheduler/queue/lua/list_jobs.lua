@@ -7,8 +7,8 @@ local wanted, found, last, looked = {}, {}, '', 0
 local function matches(id)
   local seen = redis.call('HMGET', $job .. id, 'state', 'class', 'spec')
   if not seen[3] then return false end
-  local job = cmsgpack.unpack(seen[3])
-  job.state, job.class = seen[1], seen[2]
+  local job = { state = seen[1], class = seen[2] }
+  read_spec(job, seen[3])
   for name, value in pairs(wanted) do
     if job[name] ~= value then return false end
   end

@@ -4,25 +4,34 @@ local ENDED = { succeeded = true, failed = true, cancelled = true, expired = tru
 local CLASSES = { 'high', 'normal', 'low', 'batch' }
 local WEIGHT = { high = 64, normal = 16, low = 4, batch = 1 }
 
-local NUMBERS = { 'attempt', 'lost', 'fails', 'handed', 'deadline' }
+-- Fields that are not set yet are named in the tables below, so that Lua makes them as large as they will get.
 
--- A job as a table: what was asked (`spec`: pool, tenant, model, cost, kv, rows, qttl, durable, batch; packed, as it
--- never changes) and the other fields of its hash, numbers 0 and the lane its class where they are not set. Nil where
--- the job is unknown.
+-- What was asked of a job, in one field of its hash, as it never changes: pool, tenant, cost, kv, rows, queue TTL, whether
+-- it is durable, batch (or `-`) and model, with spaces between. Written by records.py.
+local function read_spec(job, spec)
+  local pool, tenant, cost, kv, rows, qttl, durable, batch =
+    string.match(spec, '^(%S+) (%S+) (%d+) (%d+) (%d+) (%d+) (%d) (%S+) ')
+  job.pool, job.tenant, job.durable, job.batch = pool, tenant, durable == '1', batch
+  job.cost, job.kv, job.rows, job.qttl = tonumber(cost), tonumber(kv), tonumber(rows), tonumber(qttl)
+end
+
+-- A job as a table: what was asked, and the fields of its hash; numbers are 0 and the lane is its class where they are
+-- not set. Nil where the job is unknown.
 local function load_job(id)
-  local flat, spec = redis.call('HGETALL', $job .. id), nil
+  local flat = redis.call('HGETALL', $job .. id)
+  if not flat[1] then return nil end
+  local job = { flat = flat, changed = { state = nil, sid = nil, worker = nil, attempt = nil, started = nil,
+    finished = nil, ended = nil, prompt = nil, completion = nil, cached = nil },
+    attempt = 0, lost = 0, fails = 0, handed = 0, deadline = 0, cancel = nil, state = nil, class = nil, lane = nil,
+    sid = nil, worker = nil, started = nil, first = nil, finished = nil, ended = nil, created = nil, spec = nil,
+    pool = nil, tenant = nil, cost = nil, kv = nil, rows = nil, qttl = nil, durable = nil, batch = nil }
   for i = 1, #flat, 2 do
-    if flat[i] == 'spec' then
-      spec = flat[i + 1]
-      break
-    end
+    local name, value = flat[i], flat[i + 1]
+    job[name] = job[name] and tonumber(value) or value
   end
-  if not spec then return nil end
-  local job = cmsgpack.unpack(spec)
-  for i = 1, #flat, 2 do job[flat[i]] = flat[i + 1] end
-  for _, name in ipairs(NUMBERS) do job[name] = tonumber(job[name] or 0) end
+  if not job.spec then return nil end
+  read_spec(job, job.spec)
   if not job.lane then job.lane = job.class end
-  job.spec, job.changed = nil, {}
   return job
 end
 
@@ -31,18 +40,20 @@ local function set(job, name, value)
   job[name], job.changed[name] = value, value == nil and false or value
 end
 
+local words = {}  -- used again for each job
 local function save(id, job)
-  local kept, gone = {}, {}
+  local count, gone = 0, nil
   for name, value in pairs(job.changed) do
     if value == false then
+      gone = gone or {}
       gone[#gone + 1] = name
     else
-      kept[#kept + 1], kept[#kept + 2] = name, value
+      words[count + 1], words[count + 2] = name, value
+      count = count + 2
     end
   end
-  if #kept > 0 then redis.call('HSET', $job .. id, unpack(kept)) end
-  if #gone > 0 then redis.call('HDEL', $job .. id, unpack(gone)) end
-  job.changed = {}
+  if count > 0 then redis.call('HSET', $job .. id, unpack(words, 1, count)) end
+  if gone then redis.call('HDEL', $job .. id, unpack(gone)) end
 end
 
 local function lane_stream(pool, lane)
@@ -142,8 +153,8 @@ local function make_ready(id, job, now, lane)
     expire($active .. job.pool .. ':' .. lane, keep)
   end
   if job.attempt > 0 then
-    redis.call('PEXPIRE', $job .. id, keep)
-    redis.call('PEXPIRE', $body .. id, keep)
+    redis.call('PEXPIRE', $job .. id, text(keep))
+    redis.call('PEXPIRE', $body .. id, text(keep))
   end
   if job.deadline > 0 then
     if job.deadline < limit then limit = job.deadline end
@@ -152,7 +163,7 @@ local function make_ready(id, job, now, lane)
       expire($urgent .. job.pool, keep)
     end
   end
-  put('zset', $deadlines, id, limit)
+  put('zset', $deadlines, id, text(limit))
   ring(job.pool, job.class)
 end
 

@@ -1,6 +1,6 @@
 -- Writes to keys that many jobs share are gathered, and made once per key: at the script's end, or by `settle` where
 -- the script reads such a key again.
-local owed = { sums = {}, credits = {}, hash = {}, zset = {}, set = {}, entries = {}, ttls = {} }
+local owed = { sums = {}, credits = {}, hash = {}, zset = {}, set = {}, entries = {}, ttls = {}, gone = {} }
 local WRITES = { hash = { 'HSET', 'HDEL' }, zset = { 'ZADD', 'ZREM' }, set = { 'SADD', 'SREM' } }
 
 local function page(kind, key)
@@ -25,6 +25,11 @@ end
 
 local function expire(key, ms)
   owed.ttls[key] = math.max(owed.ttls[key] or 0, ms)
+end
+
+-- The key is deleted.
+local function delete(key)
+  owed.gone[#owed.gone + 1] = key
 end
 
 -- Adds to what a job's tenant was charged, wherever its counter is then.
@@ -65,7 +70,7 @@ end
 
 local function settle_sums(hash, sums)
   for field, by in pairs(sums) do
-    if by ~= 0 and redis.call('HINCRBY', hash, field, by) <= 0 then redis.call('HDEL', hash, field) end
+    if by ~= 0 and redis.call('HINCRBY', hash, field, text(by)) <= 0 then redis.call('HDEL', hash, field) end
   end
 end
 
@@ -73,7 +78,7 @@ local function settle_credits(queue, credits)
   for tenant, tokens in pairs(credits) do
     local key = $active .. queue
     if not redis.call('ZSCORE', key, tenant) then key = $counters .. queue end
-    if redis.call('ZSCORE', key, tenant) then redis.call('ZINCRBY', key, tokens, tenant) end
+    if redis.call('ZSCORE', key, tenant) then redis.call('ZINCRBY', key, text(tokens), tenant) end
   end
 end
 
@@ -90,6 +95,7 @@ local function settle()
     for key, members in pairs(owed[kind]) do settle_members(kind, key, members) end
   end
   for stream, sids in pairs(owed.entries) do settle_entries(stream, sids) end
-  for key, ms in pairs(owed.ttls) do redis.call('PEXPIRE', key, ms) end
+  in_parts('DEL', owed.gone)
+  for key, ms in pairs(owed.ttls) do redis.call('PEXPIRE', key, text(ms)) end
   for kind in pairs(owed) do owed[kind] = {} end
 end

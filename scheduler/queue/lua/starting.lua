@@ -25,14 +25,14 @@ end
 local function settle_charges(asker, class)
   local least = asker.least[class]
   if least and least.owed > 0 then
-    redis.call('ZINCRBY', $active .. asker.pool .. ':' .. class, least.owed, least.tenant)
+    redis.call('ZINCRBY', $active .. asker.pool .. ':' .. class, text(least.owed), least.tenant)
   end
   asker.least[class] = nil
 end
 
 local function charge(asker, job)
   local pass, cost, least = asker.passes[job.class], math.max(1, job.cost), asker.least[job.class]
-  asker.passes.now, asker.passes[job.class] = pass, pass + cost / WEIGHT[job.class]
+  asker.passes.now, asker.passes[job.class], asker.charged[job.class] = pass, pass + cost / WEIGHT[job.class], true
   if least and least.tenant == job.tenant then
     least.owed = least.owed + cost
     if least.owed >= least.slack then settle_charges(asker, job.class) end
@@ -52,18 +52,15 @@ local function start(asker, id, job)
   local log, now = $log .. id, asker.now
   local attempt = next_attempt(asker, job)
   set(job, 'state', 'running')
-  set(job, 'attempt', attempt)
+  set(job, 'attempt', text(attempt))
   set(job, 'worker', asker.worker)
-  if not job.started then set(job, 'started', now) end
-  set(job, 'a:' .. attempt, now .. ' ' .. asker.worker)
-  if attempt > 16 then set(job, 'a:' .. (attempt - 16), nil) end
+  if not job.started then set(job, 'started', text(now)) end
+  set(job, 'a:' .. job.attempt, asker.since)
+  if attempt > 16 then set(job, 'a:' .. text(attempt - 16), nil) end
   save(id, job)
-  if not asker.started then
-    asker.started = cmsgpack.pack({ type = 'started', worker = asker.worker, at_ms = now })
-  end
-  local first = attempt .. '-0'
+  local first = job.attempt .. '-0'
   redis.call('XADD', log, first, 'p', asker.started)
-  redis.call('PEXPIRE', log, job.qttl + $slack_ms)
+  redis.call('PEXPIRE', log, text(job.qttl + $slack_ms))
   redis.call('PUBLISH', $channel .. id, first .. ' ' .. asker.started)
   put('hash', asker.own, id, job.attempt)
   put('zset', $deadlines, id, job.deadline > 0 and job.deadline)
