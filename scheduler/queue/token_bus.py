@@ -2,6 +2,8 @@
 
     connecting ──SUBSCRIBE all──► relaying ──error, no pong──► connecting (every listener catches up from the log)
 
+A listener of a job that is yet to be submitted does not wait for Redis to confirm: what is published before Redis has
+read its SUBSCRIBE shows as a gap in what it hears, or as silence, and is read from the log.
 A listener that is slow or gone never stalls the shared reader. The bus needs no lock: it lives on one event loop.
 """
 
@@ -54,8 +56,11 @@ class _Wire(Protocol):
 
 @dataclass(slots=True)
 class _Channel:
+    """`missed`: a connection that was to carry it got lost, so that messages went by until the next confirmation."""
+
     listeners: list[Subscription] = field(default_factory=list[Subscription])
     confirmed: asyncio.Event = field(default_factory=asyncio.Event)
+    missed: bool = False
 
 
 class TokenBus:
@@ -94,17 +99,17 @@ class TokenBus:
     ) -> AsyncGenerator[Subscription, None]:
         """Listens to a job from the event after `after` (None: from its first). Entered = confirmed by Redis.
 
-        `is_new`: the caller made this id and submits the job only once it listens, so there is no log to read yet.
-        Raises QueueUnavailable where Redis does not confirm in 3 s.
+        `is_new`: the caller made this id and submits the job only once it listens, so there is no log to read yet;
+        entered = sent to Redis. Raises QueueUnavailable where Redis does not confirm in 3 s, or is not connected.
         """
         name = self._keys.channel(job_id).encode()
         listener = Subscription(job_id, after, self._queue.read_events, is_new=is_new)
         channel = self._channels.setdefault(name, _Channel())
         channel.listeners.append(listener)
         try:
-            if len(channel.listeners) == 1:
-                await self._say("SUBSCRIBE", name)
-            await _confirmation(channel)
+            is_sent = len(channel.listeners) == 1 and await self._say("SUBSCRIBE", name)
+            if not (is_new and is_sent):
+                await _confirmation(channel)
             yield listener
         finally:
             channel.listeners.remove(listener)
@@ -112,15 +117,16 @@ class TokenBus:
                 del self._channels[name]
                 await self._say("UNSUBSCRIBE", name)
 
-    async def _say(self, command: str, *names: bytes) -> None:
+    async def _say(self, command: str, *names: bytes) -> bool:
         """Sends if there is a connection; without one, the next connection subscribes to all that is wanted then."""
         wire = self._wire
         if wire is None or not wire.is_connected:
-            return
+            return False
         if command == "SUBSCRIBE":
             self._unconfirmed.update(names)
         with contextlib.suppress(RedisError):  # the reader meets the same broken connection, and heals it
             await wire.send_command(command, *names, check_health=False)
+        return True
 
     async def _run(self) -> None:
         pause = _BACKOFF_S[0]
@@ -144,6 +150,8 @@ class TokenBus:
         self._unconfirmed.clear()
         self._wire = wire
         self.connects += 1
+        for channel in self._channels.values():
+            channel.missed = True
         names = list(self._channels)
         for start in range(0, len(names), _SUBSCRIBE_CHUNK):
             await self._say("SUBSCRIBE", *names[start : start + _SUBSCRIBE_CHUNK])
@@ -188,7 +196,8 @@ class TokenBus:
         channel = self._channels.get(name)
         if channel is None:
             return
-        if channel.confirmed.is_set():  # this connection is another one: messages went by
+        if channel.missed:
+            channel.missed = False
             for listener in channel.listeners:
                 listener.catch_up()
         channel.confirmed.set()

@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+import redis as sync_redis
 from redis.asyncio import Redis
 
+from scheduler.errors import QueueUnavailable
 from scheduler.job import ClaimedJob
 from scheduler.queue.job_queue import JobQueue
 from scheduler.queue.subscription import BUFFER_EVENTS, Subscription
@@ -66,6 +68,76 @@ async def test_a_listener_before_the_job_sees_it_from_start_to_end(bus: TokenBus
     assert text_of(events) == "12345"
     assert subscription.last_id is not None and subscription.last_id.is_terminal
     assert await subscription.read(1) == []
+
+
+async def test_a_new_jobs_listener_does_not_wait_for_redis_to_confirm(
+    bus: TokenBus, queue: JobQueue, redis: Redis
+) -> None:
+    await wait_until(lambda: bus.connects == 1)
+    job_spec = new_job()
+    await ask(redis, "CLIENT", "PAUSE", 1000)  # Redis answers nobody meanwhile
+    confirmed = asyncio.create_task(_enter_and_leave(bus, new_job().id))
+    await asyncio.sleep(0)  # it asks first
+    async with bus.subscribe(job_spec.id, is_new=True) as subscription:
+        assert not confirmed.done()
+        await queue.enqueue(job_spec)
+        await succeed(queue, await claim_one(queue))
+        assert isinstance((await read_to_end(subscription))[-1][1], Finished)
+    await confirmed
+
+
+async def _enter_and_leave(bus: TokenBus, job_id: str) -> None:
+    async with bus.subscribe(job_id):
+        pass
+
+
+@pytest.mark.parametrize("published", ["its begin", "all of it"])
+async def test_what_was_published_before_redis_read_the_subscription_is_not_lost(
+    bus: TokenBus, queue: JobQueue, published: str
+) -> None:
+    await wait_until(lambda: bus.connects == 1)
+    job_id = await enqueue(queue)
+    job = await claim_one(queue)
+    if published == "all of it":
+        await emit(queue, job, 1, "a")
+        await succeed(queue, job)
+    async with bus.subscribe(job_id, is_new=True) as subscription:
+        if published == "its begin":
+            assert await subscription.read(0.01) == []
+            await emit(queue, job, 1, "a")
+            await succeed(queue, job)
+        events = await read_to_end(subscription)
+    assert [at for at, _ in events][:2] == [EventId(1, 0), EventId(1, 1)] and isinstance(events[-1][1], Finished)
+
+
+async def test_a_connection_that_breaks_before_it_confirms_loses_nothing(
+    bus: TokenBus, queue: JobQueue, settings: Settings
+) -> None:
+    job_spec = new_job()
+    async with bus.subscribe(new_job().id):
+        with sync_redis.Redis.from_url(str(settings.redis_url)) as other:  # pyright: ignore[reportUnknownMemberType]
+            assert other.client_kill_filter(_type="pubsub") == 1  # pyright: ignore[reportUnknownMemberType]
+        async with bus.subscribe(job_spec.id, is_new=True) as subscription:  # the bus has had no turn to notice
+            assert bus.connects == 1
+            await queue.enqueue(job_spec)
+            job = await claim_one(queue)
+            await wait_until(lambda: bus.connects == 2)
+            await emit(queue, job, 1, "a")
+            await succeed(queue, job)
+            events = await read_to_end(subscription)
+    assert [type(event) for _, event in events] == [Started, Delta, Finished]
+
+
+async def test_without_a_connection_a_new_jobs_listener_is_refused_too(settings: Settings) -> None:
+    bus = TokenBus(settings)  # never started
+    with pytest.raises(QueueUnavailable):
+        await asyncio.wait_for(_enter_new(bus, new_job().id), 30)
+    await bus.close()
+
+
+async def _enter_new(bus: TokenBus, job_id: str) -> None:
+    async with bus.subscribe(job_id, is_new=True):
+        pass
 
 
 async def test_ready_events_come_in_one_read(bus: TokenBus, queue: JobQueue) -> None:
