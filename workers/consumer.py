@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from scheduler.errors import QueueUnavailable, StartupError
+from scheduler.errors import StartupError
 from scheduler.lifecycle import Lifecycle
 from scheduler.model_card import ModelCard
 from scheduler.queue.fleet import Fleet
@@ -19,14 +19,13 @@ from scheduler.telemetry import get_logger
 from workers.backend import Backend, BackendDied
 from workers.incarnation import Ending, Incarnation, WorkerParts
 from workers.shutdown import Shutdown, any_set
+from workers.work_bell import WorkBell
 
 _log = get_logger(__name__)
 
 _STEADY_S = 30.0
 _MOST_QUICK_DEATHS = 5
 _FIRST_PAUSE_S = 0.1
-_BELL_WAIT_S = 1.0
-_BELL_RETRY_S = 0.5
 
 
 class Consumer:
@@ -35,11 +34,7 @@ class Consumer:
     def __init__(
         self, backend: Backend, lifecycle: Lifecycle, fleet: Fleet, settings: Settings, shutdown: Shutdown
     ) -> None:
-        self._parts = WorkerParts(
-            backend, lifecycle, fleet, settings, shutdown,
-            work_rang=asyncio.Event(), wants_work=asyncio.Event(), wants_higher_work=asyncio.Event(),
-        )  # fmt: skip
-        self._over = asyncio.Event()
+        self._parts = WorkerParts(backend, lifecycle, fleet, settings, shutdown, WorkBell(lifecycle))
         self._quick_deaths = 0
 
     async def run(self) -> None:
@@ -50,13 +45,13 @@ class Consumer:
             if card is None:
                 return
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._bell_loop(card.id))
+                group.create_task(self._parts.bell.run(card.id))
                 try:
                     await self._work(card)
                 except StartupError as error:
                     failure = error
                 finally:
-                    self._over.set()
+                    self._parts.bell.close()
         finally:
             await self._parts.backend.close()
         if failure is not None:
@@ -117,19 +112,3 @@ class Consumer:
         if await any_set(self._parts.shutdown.draining, timeout_s=pause_s):
             return None
         return await self._start()
-
-    async def _bell_loop(self, pool: str) -> None:
-        """Listens while the incarnation has room and nothing to do, or could make room; each ring wakes one worker."""
-        parts = self._parts
-        while not self._over.is_set():
-            wanted = parts.wants_work, parts.wants_higher_work
-            if not await any_set(*wanted, self._over, timeout_s=_BELL_WAIT_S) or self._over.is_set():
-                continue
-            try:
-                await parts.lifecycle.wait_for_work(pool, _BELL_WAIT_S, full=not parts.wants_work.is_set())
-            except QueueUnavailable:
-                await any_set(self._over, timeout_s=_BELL_RETRY_S)
-                continue
-            for want in wanted:
-                want.clear()  # the next ring is for another worker, until this one is idle again
-            parts.work_rang.set()

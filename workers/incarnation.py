@@ -32,6 +32,7 @@ from workers.backend import Backend, BackendDied, Capacity, JobDone, JobError
 from workers.outbox import Outbox, as_progress
 from workers.preemption import Preemption
 from workers.shutdown import Shutdown, any_set
+from workers.work_bell import WorkBell
 
 _log = get_logger(__name__)
 _T = TypeVar("_T")
@@ -52,18 +53,14 @@ class Ending(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerParts:
-    """What every incarnation of a worker works with. `work_rang` is set when there may be work to claim; the others
-    say what the worker listens for: any work, or, being full, work above the batch jobs that it holds.
-    """
+    """What every incarnation of a worker works with."""
 
     backend: Backend
     lifecycle: Lifecycle
     fleet: Fleet
     settings: Settings
     shutdown: Shutdown
-    work_rang: asyncio.Event
-    wants_work: asyncio.Event
-    wants_higher_work: asyncio.Event
+    bell: WorkBell
 
 
 class Incarnation:
@@ -79,6 +76,7 @@ class Incarnation:
         self._news = asyncio.Event()
         self._over = asyncio.Event()
         self._preemption = Preemption()
+        self._wants_room = True  # whether work may wait that had no room here
         self._ending = Ending.DRAINED
         self._tells_begins = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)  # asked once: it is a hot path
         self._heartbeat_s = parts.settings.lease_ttl_ms / 3000
@@ -99,7 +97,7 @@ class Incarnation:
 
     async def _claim_loop(self) -> None:
         while not self._over.is_set() and not self._parts.shutdown.draining.is_set():
-            self._parts.work_rang.clear()
+            self._parts.bell.rang.clear()
             room = self._room()
             claimed = await self._claim(room)
             for job in claimed.jobs:
@@ -107,13 +105,22 @@ class Incarnation:
             if claimed.preempt:
                 self._preemption.begin(claimed.preempt, room)
                 self._news.set()
-            if not claimed.jobs:
-                await self._wait_for_work(room.rows > 0)
+            self._wants_room = not (claimed.jobs and self._is_roomy())
+            if not (claimed.jobs and self._wants_room):
+                await self._wait_for_work()
 
     def _room(self) -> Capacity:
         """The backend's room, but at most one more batch while Redis has not been told how the last one ended."""
         room = self._parts.backend.capacity()
         return Capacity(min(room.rows, 2 * self._card.max_rows - len(self._outbox)), room.kv_tokens)
+
+    def _is_roomy(self) -> bool:
+        """Half of the worker is free: a claim that gave jobs took all that there was, and what comes now will ring.
+
+        Work that needs more than half, and waits, is asked for again when a claim gives nothing.
+        """
+        room, card = self._room(), self._card
+        return 2 * room.rows >= card.max_rows and 2 * room.kv_tokens >= card.kv_budget_tokens
 
     async def _claim(self, room: Capacity) -> Claimed:
         """What fits; a full worker asks only where it could make room."""
@@ -136,19 +143,16 @@ class Incarnation:
     def _holds_batch_work(self) -> bool:
         return any(job.priority is Priority.BATCH for job in self._outbox.jobs)
 
-    async def _wait_for_work(self, has_room: bool) -> None:
+    async def _wait_for_work(self) -> None:
         """Until a bell rings, room comes free or a while has passed. A full worker listens where it could make room."""
-        parts = self._parts
-        if has_room:
-            parts.wants_work.set()
-        elif self._holds_batch_work():
-            parts.wants_higher_work.set()
+        bell, has_room = self._parts.bell, self._room().rows > 0
+        if has_room or self._holds_batch_work():
+            bell.listen(full=not has_room)
         pause_s = _PREEMPTION_LOOK_S if self._preemption.settling else _LOOK_AGAIN_S
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(pause_s):
-                await parts.work_rang.wait()
-        parts.wants_work.clear()
-        parts.wants_higher_work.clear()
+                await bell.rang.wait()
+        bell.ignore()
 
     async def _begin(self, job: ClaimedJob) -> None:
         visible = await self._persist(lambda: self._parts.lifecycle.progress(job.id)) if job.attempt > 1 else ()
@@ -236,7 +240,8 @@ class Incarnation:
         await self._parts.lifecycle.end(self.id, [(job, self._outcome(job, end)) for job, end in ended])
         for job, _ in ended:
             self._outbox.drop(job.id)
-        self._parts.work_rang.set()
+        if self._wants_room:
+            self._parts.bell.rang.set()
 
     def _outcome(self, job: ClaimedJob, end: JobDone | JobError) -> Outcome:
         match end:
@@ -251,7 +256,7 @@ class Incarnation:
         """Stop computing a job and forget it; its rows are free for other work."""
         self._outbox.drop(job.id)
         await self._parts.backend.cancel(job.id, job.attempt)
-        self._parts.work_rang.set()
+        self._parts.bell.rang.set()
 
     async def _publish_loop(self) -> None:
         failing = False
@@ -286,7 +291,7 @@ class Incarnation:
         shutdown = self._parts.shutdown
         while not await any_set(self._over, shutdown.draining, timeout_s=60.0):
             pass
-        self._parts.work_rang.set()  # the claim loop looks whether it shall go on
+        self._parts.bell.rang.set()  # the claim loop looks whether it shall go on
         until = time.monotonic() + self._parts.settings.drain_s
         while len(self._outbox) and time.monotonic() < until:
             if await any_set(self._over, shutdown.now, timeout_s=_DRAIN_LOOK_S):
@@ -297,7 +302,7 @@ class Incarnation:
             self._ending = ending
             self._over.set()
             self._news.set()
-            self._parts.work_rang.set()
+            self._parts.bell.rang.set()
 
     async def _give_up_jobs(self) -> None:
         try:

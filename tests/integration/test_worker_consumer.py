@@ -6,6 +6,7 @@ import asyncio
 import os
 
 import pytest
+from redis.asyncio import Redis
 
 from scheduler.errors import StartupError
 from scheduler.job import ClaimedJob, JobState, Priority, new_job_id
@@ -287,3 +288,29 @@ async def test_the_parents_death_is_noticed_and_what_it_wrote_is_not_taken_for_i
     assert died.is_set()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(reading)
+
+
+async def test_an_idle_worker_asks_once_for_each_job(
+    queue: JobQueue, lifecycle: Lifecycle, fleet: Fleet, settings: Settings, redis: Redis
+) -> None:
+    shutdown, jobs = Shutdown(), 40
+    running = asyncio.create_task(Consumer(EchoBackend(), lifecycle, fleet, settings, shutdown).run())
+    await wait_until(lambda: _listed(fleet))
+    before = await _script_calls(redis)
+    for _ in range(jobs):
+        job_id = await _submit(lifecycle)
+        await wait_until(lambda job_id=job_id: _is_over(queue, job_id))
+    asked = await _script_calls(redis) - before
+    shutdown.request()
+    await running
+    assert asked < 5 * jobs  # submit, claim, emit, end; beside them one claim a second
+
+
+async def _script_calls(redis: Redis) -> int:
+    stats = await redis.info("commandstats")  # pyright: ignore[reportUnknownMemberType]
+    return int(stats["cmdstat_evalsha"]["calls"])
+
+
+async def _is_over(queue: JobQueue, job_id: str) -> bool:
+    state = await _state(queue, job_id)
+    return state is not None and state.is_terminal
