@@ -28,7 +28,6 @@ _SYSTEMS = {
     "celery-prefork": ("queue_celery", "PREFORK"),
     "celery-solo": ("queue_celery", "SOLO"),
 }
-_ON_ASYNCIO = ("spillway", "drain")  # as our workers and scheduler run
 _LOOK_S = 0.005
 _WARM_UP_TRIPS = 20
 
@@ -80,8 +79,7 @@ async def _produce(name: str, url: str, jobs: int, trips: int, within_s: float) 
 def main() -> None:
     role, name, url = sys.argv[1:4]
     if role == "work":
-        run = asyncio.run if name in _ON_ASYNCIO else uvloop.run
-        run(system(name).work(url))
+        uvloop.run(system(name).work(url))
     else:
         print(json.dumps(asdict(uvloop.run(_produce(name, url, **json.loads(sys.argv[4]))))))
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import uvloop
 from redis.asyncio import Redis
 
 from scheduler import parent_watch
@@ -66,7 +67,8 @@ def main(dialect: Dialect) -> int:
     configure(settings, "scheduler")
     try:
         migrate(settings)
-        asyncio.run(_serve(settings, dialect))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(settings, dialect))
     except (StartupError, CapacityError) as error:
         log.critical(error.message)
         return 1

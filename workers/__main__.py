@@ -12,6 +12,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
+import uvloop
+
 from scheduler.errors import StartupError
 from scheduler.lifecycle import Lifecycle
 from scheduler.loops.sweeper import run_sweeper
@@ -40,7 +42,8 @@ def main() -> int:
     configure(settings, "worker")
     refs: Sequence[str] = arguments.model or settings.model_refs
     try:
-        asyncio.run(serve(refs, settings))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(refs, settings))
     except StartupError as error:
         _log.critical(error.message)
         return EXIT_CANNOT_RUN

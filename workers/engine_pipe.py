@@ -58,14 +58,14 @@ class EnginePipe:
 
     @classmethod
     async def spawn(cls, command: Sequence[str], environment: Mapping[str, str]) -> EnginePipe:
-        """Start the process in a group of its own (a terminal's Ctrl-C is for the worker); it logs to our stderr."""
+        """Start the process in a session of its own (a terminal's Ctrl-C is for the worker); it logs to our stderr."""
         process = await asyncio.create_subprocess_exec(
             *command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=dict(environment),
             limit=_CHUNK_BYTES,
-            process_group=0,
+            start_new_session=True,
         )
         return cls(process)
 

@@ -237,7 +237,7 @@ async def test_a_start_that_is_given_up_at_once_leaves_no_directory(model_path: 
 
 
 _PARENT = """
-import asyncio, sys
+import asyncio, sys, uvloop
 from pathlib import Path
 from scheduler.settings import Settings
 from scheduler.telemetry import configure
@@ -255,7 +255,7 @@ async def main():
     print(backend.status().engine_pid, flush=True)
     await asyncio.sleep(600)
 
-asyncio.run(main())
+uvloop.run(main())
 """
 
 
