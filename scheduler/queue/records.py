@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -160,12 +160,6 @@ def claimed_job(row: Sequence[bytes | int]) -> ClaimedJob:
     )
 
 
-def pairs(flat: Iterable[bytes]) -> dict[bytes, bytes]:
-    """A flat reply `[field, value, …]` as a dict."""
-    items = iter(flat)
-    return dict(zip(items, items, strict=True))
-
-
 def packed_spec(job: NewJob, queue_ttl_ms: int) -> bytes:
     """What was asked, one field of the job hash, as it never changes; read by `_view` and by ready.lua."""
     kv, durable, batch = job.kv_tokens or job.cost_tokens, int(job.durable), job.batch_id or "-"
@@ -181,7 +175,7 @@ def job_view(job_id: str, fields: Mapping[bytes, bytes]) -> JobView:
 def ended_job(fields: Mapping[bytes, bytes]) -> JobView:
     """An entry of the `done` stream: the job hash as it was before the end, and what that changed (False: removed)."""
     flat, changed = _unpack(fields[b"job"])
-    told: dict[str, str | int] = pairs(flat)
+    told: dict[str, str | int] = dict(zip(flat[::2], flat[1::2], strict=True))
     for name, value in changed.items():
         if value is False:
             told.pop(name, None)
