@@ -15,8 +15,6 @@ from workers.engine.batch_scheduler import (
     Decode,
     Idle,
     Prefill,
-    capacity_bucket,
-    row_bucket,
 )
 from workers.engine.sequence import Phase, Sequence
 
@@ -62,25 +60,6 @@ def _start(scheduler: BatchScheduler, *sequences: Sequence) -> None:
 def _finish(decision: Prefill) -> None:
     for chunk in decision.chunks:
         chunk.sequence.prefilled += chunk.count
-
-
-def test_sizes_are_few_and_never_much_larger_than_needed() -> None:
-    assert [row_bucket(rows) for rows in (1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 32)] == [
-        1,
-        2,
-        3,
-        4,
-        6,
-        8,
-        12,
-        16,
-        24,
-        32,
-        32,
-    ]
-    assert [capacity_bucket(tokens) for tokens in (1, 33, 64, 65, 129, 513)] == [32, 48, 64, 80, 160, 640]
-    assert len({capacity_bucket(tokens) for tokens in range(1, 4097)}) < 30
-    assert all(tokens <= capacity_bucket(tokens) <= max(32, 1.25 * tokens + 16) for tokens in range(1, 4097))
 
 
 def test_admission_is_in_order_of_class_and_arrival_up_to_the_rows() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from workers.engine.sequence import Phase, Sequence, in_service_order
+from workers.engine.slot_plan import planned_tokens
 
 MIN_CHUNK_TOKENS = 16
 MIN_IDLE_CHUNK_TOKENS = 128
@@ -19,17 +20,19 @@ MAX_CHUNK_TOKENS = 2048
 TELLING_CHUNK_TOKENS = 64  # a shorter chunk is mostly overhead and says little about a long one's speed
 LONGEST_IDLE_CHUNK_S = 5.0  # a slow machine takes a smaller one: cancels wait for it, and the watchdog's patience ends
 IDLE_STALL_FACTOR = 4  # with no stream running, a chunk may take this many stalls: only cancels wait for it
-SMALLEST_CAPACITY = 32
 SHARED_TOKENS_WORTH_WAITING = 128
 
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """`slot_tokens` bounds rows x capacity of the working set; `stall_s` is how long prefill may hold up streams."""
+    """`slot_tokens` bounds rows x capacity over the working set's groups, of which there are `most_groups` at most;
+    `stall_s` is how long prefill may hold up streams.
+    """
 
     max_rows: int
     slot_tokens: int
     stall_s: float
+    most_groups: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,25 +60,6 @@ class Idle:
 
 
 Decision = Prefill | Decode | Idle
-
-
-def power_bucket(value: int) -> int:
-    """The next power of two."""
-    return 1 << max(0, value - 1).bit_length()
-
-
-def row_bucket(rows: int) -> int:
-    """The working set's row count for `rows` rows: 1, 2, 3, 4, 6, 8, 12, … (two sizes per octave)."""
-    return _next_multiple(max(1, rows), max(1, power_bucket(rows) // 4))
-
-
-def capacity_bucket(tokens: int) -> int:
-    """The working set's columns for a longest row of `tokens`: four sizes per octave, so little of it is empty."""
-    return max(SMALLEST_CAPACITY, _next_multiple(tokens, max(SMALLEST_CAPACITY // 2, power_bucket(tokens) // 8)))
-
-
-def _next_multiple(value: int, step: int) -> int:
-    return -(-value // step) * step
 
 
 class BatchScheduler:
@@ -107,7 +91,7 @@ class BatchScheduler:
     def free_slot_tokens(self) -> int:
         """KV tokens that are not spoken for, what waits included."""
         everyone = [*self.prefilling, *self.running, *self.waiting]
-        return max(0, self._limits.slot_tokens - _slot_tokens(everyone))
+        return max(0, self._limits.slot_tokens - self._slot_tokens(everyone))
 
     def add(self, sequence: Sequence) -> None:
         sequence.phase = Phase.WAITING
@@ -167,7 +151,7 @@ class BatchScheduler:
 
     def victim(self) -> Sequence | None:
         """Whom to preempt so that the running rows fit the budget; None when they do, or one row is left."""
-        if len(self.running) < 2 or _slot_tokens(self.running) <= self._limits.slot_tokens:
+        if len(self.running) < 2 or self._slot_tokens(self.running) <= self._limits.slot_tokens:
             return None
         return in_service_order(self.running)[-1]
 
@@ -179,7 +163,11 @@ class BatchScheduler:
             return False
         if len(active) >= self._limits.max_rows:
             return False
-        return _slot_tokens([*active, sequence]) <= self._limits.slot_tokens
+        return self._slot_tokens([*active, sequence]) <= self._limits.slot_tokens
+
+    def _slot_tokens(self, sequences: list[Sequence]) -> int:
+        """Rows x capacity of a working set that holds these sequences, each one token longer."""
+        return planned_tokens([sequence.length + 1 for sequence in sequences], self._limits.most_groups)
 
     def _chunks(self, pending: list[Sequence]) -> tuple[Chunk, ...]:
         """Share the budget: half to the first in service order, the rest to the shortest of its class."""
@@ -220,10 +208,3 @@ def _worth_waiting_for(other: Sequence, sequence: Sequence) -> bool:
 
 def _remaining(sequence: Sequence) -> int:
     return sequence.prefill_target - sequence.prefilled
-
-
-def _slot_tokens(sequences: list[Sequence]) -> int:
-    """Rows x capacity of a working set that holds these sequences."""
-    if not sequences:
-        return 0
-    return row_bucket(len(sequences)) * capacity_bucket(max(sequence.length for sequence in sequences) + 1)

@@ -87,6 +87,7 @@ class Engine:
                 max_rows=self.lane.max_rows,
                 slot_tokens=self.lane.slot_tokens,
                 stall_s=config.prefill_stall_ms / 1000,
+                most_groups=self.lane.most_groups,
             )
         )
         self._runs: dict[tuple[str, int], JobRun] = {}

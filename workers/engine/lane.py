@@ -22,6 +22,7 @@ class Lane(Protocol):
 
     max_rows: int
     slot_tokens: int
+    most_groups: int
 
     def warm_up(self) -> None:
         """Build what takes long before traffic."""

@@ -18,17 +18,17 @@ from mlx_lm.models.cache import CacheList, make_prompt_cache
 from scheduler.errors import StartupError
 from scheduler.telemetry import get_logger
 from workers.engine import metal
-from workers.engine.batch_scheduler import capacity_bucket, row_bucket
 from workers.engine.decode_rows import RowSizes
 from workers.engine.lane import Lane
 from workers.engine.loader import LoadedModel
 from workers.engine.model_files import one_line
-from workers.engine.model_runner import ModelRunner, compiles, probe_slots
+from workers.engine.model_runner import ModelRunner, attends_by_group, compiles, probe_slots
 from workers.engine.row_lane import RowLane, probe_rows
 from workers.engine.row_layers import cache_bytes
 from workers.engine.sequential_lane import SequentialLane
 from workers.engine.slot_cache import LayerShape
 from workers.engine.slot_lane import LaneSizes, SlotLane
+from workers.engine.slot_plan import MOST_GROUPS, capacity_bucket, row_bucket
 
 _log = get_logger(__name__)
 
@@ -94,6 +94,7 @@ def _slot_lane(
     half_tokens = half_bytes // sum(shape.token_bytes for shape in shapes)
     sizes = LaneSizes(
         max_rows=max_rows,
+        most_groups=MOST_GROUPS if attends_by_group(loaded.model, shapes) else 1,
         slot_tokens=min(useful_tokens, half_tokens),
         pages=min(useful_tokens, half_tokens) // page_tokens,
         page_tokens=page_tokens,

@@ -1,6 +1,6 @@
 """Forward passes: which lane a model can run in, prefill chunks, and the decode step, compiled once per shape.
 
-mx.compile keeps one trace of the step per (rows, capacity). Engine thread only.
+mx.compile keeps one trace of the step per list of groups. Engine thread only.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from workers.engine.batch_scheduler import SMALLEST_CAPACITY
+from workers.engine.attention_hook import GroupedLayer, StepGroups, install
 from workers.engine.sampler import Sampling, Variant, sample
 from workers.engine.slot_cache import LayerShape, SlotLayer, StagedLayer, zeros
+from workers.engine.slot_plan import SMALLEST_CAPACITY
 
 _GREEDY = Sampling(Variant(), [], [])
 _PROBE_TOKENS = (1, 2, 3, 5, 7)
@@ -23,11 +24,13 @@ _PROBE_TOLERANCE = 0.05  # relative to the spread of the logits; a cache that is
 
 
 class StepOutput(NamedTuple):
-    """One decode step: tokens [rows] int32, their successors' offsets, KV arrays, edit arrays, raw logits f32."""
+    """One decode step: tokens [rows] int32, their successors' offsets, each group's KV arrays, edit arrays, raw logits
+    f32.
+    """
 
     tokens: mx.array
     offsets: mx.array
-    arrays: list[mx.array]
+    groups: list[list[mx.array]]
     edit: list[mx.array]
     logits: mx.array
 
@@ -55,12 +58,12 @@ class ModelRunner:
         return [array for layer in layers for array in (layer.keys, layer.values)]
 
     def decode(
-        self, tokens: mx.array, offsets: mx.array, live: mx.array, arrays: list[mx.array], sampling: Sampling
+        self, tokens: mx.array, offsets: mx.array, live: mx.array, groups: list[list[mx.array]], sampling: Sampling
     ) -> StepOutput:
-        """One token for every row; `live` [rows] int32 is 1 for rows that hold a sequence."""
-        logits, next_offsets, new_arrays = self._forward(tokens, offsets, live, arrays)
+        """One token for every row, group after group; `live` [rows] int32 is 1 for rows that hold a sequence."""
+        logits, next_offsets, new_groups = self._forward(tokens, offsets, live, groups)
         drawn, edit = self._sampler(sampling.variant)(logits, offsets, sampling.draw, sampling.edit)
-        return StepOutput(drawn, next_offsets, new_arrays, edit, logits)
+        return StepOutput(drawn, next_offsets, new_groups, edit, logits)
 
     def _sampler(self, variant: Variant) -> Callable[..., Any]:
         sampler = self._samplers.get(variant)
@@ -73,11 +76,31 @@ class ModelRunner:
 
 
 def _forward(
-    model: nn.Module, tokens: mx.array, offsets: mx.array, live: mx.array, arrays: list[mx.array]
-) -> tuple[mx.array, mx.array, list[mx.array]]:
-    layers = [SlotLayer(*pair, offsets) for pair in zip(arrays[::2], arrays[1::2], strict=True)]
-    logits = model(tokens[:, None], cache=layers)[:, -1, :].astype(mx.float32)
-    return logits, offsets + live, [array for layer in layers for array in (layer.keys, layer.values)]
+    model: nn.Module, tokens: mx.array, offsets: mx.array, live: mx.array, groups: list[list[mx.array]]
+) -> tuple[mx.array, mx.array, list[list[mx.array]]]:
+    if len(groups) == 1:
+        (arrays,) = groups
+        layers = _slot_layers(arrays, offsets)
+        logits = _last_logits(model, tokens, layers)
+        new_groups = [[array for layer in layers for array in (layer.keys, layer.values)]]
+    else:
+        grouped = _grouped_layers(groups, offsets)
+        logits = _last_logits(model, tokens, grouped)
+        new_groups = [
+            [array for layer in grouped for array in (layer.keys.arrays[at], layer.values.arrays[at])]
+            for at in range(len(groups))
+        ]
+    return logits, offsets + live, new_groups
+
+
+def _last_logits(model: nn.Module, tokens: mx.array, layers: Sequence[SlotLayer | GroupedLayer]) -> mx.array:
+    return model(tokens[:, None], cache=list(layers))[:, -1, :].astype(mx.float32)
+
+
+def _grouped_layers(groups: list[list[mx.array]], offsets: mx.array) -> list[GroupedLayer]:
+    step = StepGroups([arrays[0].shape[0] for arrays in groups], [arrays[0].shape[2] for arrays in groups], offsets)
+    by_layer = list(zip(*groups, strict=True))
+    return [GroupedLayer(*pair, step) for pair in zip(by_layer[::2], by_layer[1::2], strict=True)]
 
 
 def compiles(model: nn.Module, shapes: Sequence[LayerShape]) -> bool:
@@ -87,7 +110,7 @@ def compiles(model: nn.Module, shapes: Sequence[LayerShape]) -> bool:
         runner = ModelRunner(model, compile_steps=compile_steps)
         row = mx.array([1], dtype=mx.int32)
         try:
-            out = runner.decode(row, row, row, zeros(shapes, 1, SMALLEST_CAPACITY), _GREEDY)
+            out = runner.decode(row, row, row, [zeros(shapes, 1, SMALLEST_CAPACITY)], _GREEDY)
             mx.eval(out.logits)
         except (AttributeError, TypeError, ValueError, RuntimeError):
             return False
@@ -116,6 +139,27 @@ def probe_slots(model: nn.Module) -> tuple[LayerShape, ...] | None:
     return shapes if _agree(reference, logits) else None
 
 
+def attends_by_group(model: nn.Module, shapes: Sequence[LayerShape]) -> bool:
+    """Whether every layer's attention can run group by group; installs the hook for that.
+
+    Proven by a step over two groups that must reach the hook in every layer, with the keys, values and mask that the
+    caches gave out, and say what the step over one group of the same rows says.
+    """
+    install(model)
+    filled = _probe_rows(model, shapes)
+    tokens, offsets = _probe_inputs()
+    together = _last_logits(model, tokens, _slot_layers(filled, offsets))
+    apart = [[array[row : row + 1] for array in filled] for row in range(2)]
+    apart[1] = [mx.pad(array, [(0, 0), (0, 0), (0, SMALLEST_CAPACITY), (0, 0)]) for array in apart[1]]
+    layers = _grouped_layers(apart, offsets)
+    try:
+        logits = _last_logits(model, tokens, layers)
+        mx.eval(together, logits)
+    except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError, AssertionError):
+        return False
+    return all(layer.attended for layer in layers) and _agree(together, logits)
+
+
 def _agree(reference: mx.array, logits: mx.array) -> bool:
     spread = mx.max(reference) - mx.min(reference)
     return bool(mx.all(mx.abs(reference - logits) <= _PROBE_TOLERANCE * spread).item())
@@ -127,11 +171,24 @@ def _shape_of(cache: KVCache) -> LayerShape:
     return LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
 
 
-def _probe_logits(model: nn.Module, shapes: tuple[LayerShape, ...]) -> mx.array:
+def _probe_logits(model: nn.Module, shapes: Sequence[LayerShape]) -> mx.array:
     """The logits after the probe tokens, in row 1 of two rows of different length."""
+    tokens, offsets = _probe_inputs()
+    return _last_logits(model, tokens, _slot_layers(_probe_rows(model, shapes), offsets))[1:]
+
+
+def _probe_rows(model: nn.Module, shapes: Sequence[LayerShape]) -> list[mx.array]:
+    """Keys and values of two rows: the first two probe tokens, and all but the last."""
     ids: list[int] = list(_PROBE_TOKENS)
     runner = ModelRunner(model, compile_steps=False)
-    arrays = runner.prefill(zeros(shapes, 2, 2 * len(ids)), [ids[:2], ids[:-1]], 0)
-    offsets = mx.array([2, len(ids) - 1], dtype=mx.int32)
-    layers = [SlotLayer(*pair, offsets) for pair in zip(arrays[::2], arrays[1::2], strict=True)]
-    return model(mx.array([[ids[2]], [ids[-1]]]), cache=layers)[1:, -1]
+    return runner.prefill(zeros(shapes, 2, 2 * len(ids)), [ids[:2], ids[:-1]], 0)
+
+
+def _probe_inputs() -> tuple[mx.array, mx.array]:
+    """Tokens [2] and offsets [2] of the step that comes after the probe rows."""
+    tokens = mx.array([_PROBE_TOKENS[2], _PROBE_TOKENS[-1]], dtype=mx.int32)
+    return tokens, mx.array([2, len(_PROBE_TOKENS) - 1], dtype=mx.int32)
+
+
+def _slot_layers(arrays: list[mx.array], offsets: mx.array) -> list[SlotLayer]:
+    return [SlotLayer(*pair, offsets) for pair in zip(arrays[::2], arrays[1::2], strict=True)]

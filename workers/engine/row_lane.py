@@ -13,12 +13,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from workers.engine.batch_scheduler import Chunk, capacity_bucket, row_bucket
+from workers.engine.batch_scheduler import Chunk
 from workers.engine.decode_rows import DecodeRows, RowSizes
 from workers.engine.flight import DecodeFlight
 from workers.engine.prompt_caches import PromptCaches
 from workers.engine.row_layers import RowLayers, UnbatchableCache
 from workers.engine.sequence import Sequence
+from workers.engine.slot_plan import capacity_bucket, row_bucket
 
 _PROBE_IDS = (1, 2, 3, 5, 7)
 _PROBE_ROWS = (0, 2, 4)  # how many of them each row has read before the step

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from workers.engine.batch_scheduler import SMALLEST_CAPACITY, Chunk, capacity_bucket, power_bucket, row_bucket
+from workers.engine.batch_scheduler import Chunk
 from workers.engine.flight import DecodeFlight
 from workers.engine.logprobs import LogprobFlight, launch_logprobs
 from workers.engine.model_runner import ModelRunner
@@ -23,8 +23,9 @@ from workers.engine.prefix_cache import PrefixCache
 from workers.engine.sampler import Sampling, Variant, build_sampling
 from workers.engine.sequence import Sequence
 from workers.engine.slot_cache import LayerShape, SlotCache, zeros
+from workers.engine.slot_layout import Change, SlotLayout
+from workers.engine.slot_plan import SMALLEST_CAPACITY, Shape, capacity_bucket, power_bucket, row_bucket
 
-_SHRINK_AFTER_STEPS = 8
 _PREFILL_GROUP_ROWS = 8
 _WARM_CAPACITY, _WARM_SLOT_TOKENS = 256, 4096
 _WARM_VARIANT = Variant(draws=True, filters=True)
@@ -32,9 +33,12 @@ _WARM_VARIANT = Variant(draws=True, filters=True)
 
 @dataclass(frozen=True, slots=True)
 class LaneSizes:
-    """Sizes fixed at start-up; pages and slot_tokens share the KV budget."""
+    """Sizes fixed at start-up; pages and slot_tokens share the KV budget. `most_groups` is 1 where the model's
+    attention cannot run group by group.
+    """
 
     max_rows: int
+    most_groups: int
     slot_tokens: int
     pages: int
     page_tokens: int
@@ -59,39 +63,45 @@ class SlotLane:
         self._salt = salt
         self.max_rows = sizes.max_rows
         self.slot_tokens = sizes.slot_tokens
+        self.most_groups = sizes.most_groups
+        self._layout = SlotLayout(sizes.most_groups, sizes.slot_tokens)
         self._slots = SlotCache(self._shapes)
         self._store = PageStore(self._shapes, sizes.pages, sizes.page_tokens)
-        self._cold: list[tuple[int, int]] = []
+        self._cold: list[Shape] = []
         self._new_books()
 
     def _new_books(self) -> None:
         self.page_table = PageTable(self._sizes.pages)
         self.prefix_cache = PrefixCache(self.page_table, self._sizes.page_tokens, self._salt)
         self._staged: dict[Sequence, list[mx.array]] = {}
-        self._rows: list[Sequence | None] = []
+        self._layout.clear()
+        self._slots.clear()
         self._device: _DeviceRows | None = None
-        self._slack_steps = 0
         self._written = False
 
     def warm_up(self) -> None:
         """What one row needs, and the kernels of several rows: building those is what takes long."""
-        self._warm_step(min(2, self.max_rows), SMALLEST_CAPACITY)
+        several = Shape(min(2, self.max_rows), SMALLEST_CAPACITY)
+        self._warm_step((several,))
+        if self.most_groups > 1:
+            self._warm_step((Shape(1, SMALLEST_CAPACITY), several))
         self._cold = self._usual_shapes()
-        while self._cold and self._cold[-1][0] == 1:
+        while self._cold and self._cold[-1].rows == 1:
             self.warm_next()
 
     def warm_next(self) -> bool:
         if not self._cold:
             return False
-        self._warm_step(*self._cold.pop())
+        self._warm_step((self._cold.pop(),))
         return True
 
-    def _usual_shapes(self) -> list[tuple[int, int]]:
-        """(rows, capacity) of the usual working sets, the most usual last."""
+    def _usual_shapes(self) -> list[Shape]:
+        """The usual working sets of one group, the most usual last."""
         most = min(_WARM_SLOT_TOKENS, self.slot_tokens)
         rows = {row_bucket(count) for count in range(1, self.max_rows + 1)}
         capacities = {capacity_bucket(tokens) for tokens in range(1, _WARM_CAPACITY + 1)}
-        return [(r, c) for r in sorted(rows, reverse=True) for c in sorted(capacities, reverse=True) if r * c <= most]
+        shapes = [Shape(r, c) for r in sorted(rows, reverse=True) for c in sorted(capacities, reverse=True)]
+        return [shape for shape in shapes if shape.tokens <= most]
 
     def begin(self, sequence: Sequence) -> None:
         tokens = sequence.tokens
@@ -121,44 +131,44 @@ class SlotLane:
     def seat(self, sequences: Items[Sequence]) -> None:
         for sequence in sequences:
             self._write_pages(sequence, self._staged[sequence], 0, sequence.prefill_target)
-        self._fit_shape(sequences)
+        self._rearrange(self._layout.join(sequences))
         for sequence in sequences:
-            row = self._rows.index(None)
-            self._rows[row] = sequence
-            self._slots.put_row(row, self._staged.pop(sequence))
+            self._slots.put_row(*self._layout.place(sequence), self._staged.pop(sequence))
         self._device = None
 
     def decode(self) -> DecodeFlight:
-        self._fit_shape(())
+        self._rearrange(self._layout.step())
         if self._written:
             # Pages are copied out of the slots before the step: a read in flight would force it to copy all slots.
             mx.eval(self._store.slabs)
             self._written = False
         device = self._device_rows()
-        out = self._runner.decode(device.tokens, device.offsets, device.live, self._slots.arrays, device.sampling)
-        self._slots.arrays = out.arrays
+        out = self._runner.decode(device.tokens, device.offsets, device.live, self._slots.groups, device.sampling)
+        self._slots.groups = out.groups
         device.tokens, device.offsets, device.sampling.edit = out.tokens, out.offsets, out.edit
-        rows = tuple((row, sequence) for row, sequence in enumerate(self._rows) if sequence is not None)
+        rows = tuple((row, sequence) for row, sequence in enumerate(self._layout.rows) if sequence is not None)
         logprobs = _ask_logprobs(rows, out.logits, out.tokens)
-        mx.async_eval(out.tokens, out.offsets, out.arrays, out.edit, [] if logprobs is None else logprobs.arrays)
+        mx.async_eval(out.tokens, out.offsets, out.groups, out.edit, [] if logprobs is None else logprobs.arrays)
         return DecodeFlight(rows, out.tokens, logprobs)
 
     def vacate(self, sequence: Sequence) -> None:
         self._staged.pop(sequence, None)
-        if sequence in self._rows:
-            row = self._rows.index(sequence)
+        if sequence in self._layout.rows:
             known = len(sequence.block_table) * self._sizes.page_tokens
             valid = sequence.length - 1
-            self._write_pages(sequence, self._slots.row_tokens(row, known, valid), known, valid)
-            self._rows[row] = None
+            rows = self._slots.row_tokens(*self._layout.place(sequence), known, valid)
+            self._write_pages(sequence, rows, known, valid)
+            self._layout.leave(sequence)
             self._device = None
+            if not self._layout.seated:
+                self._layout.clear()
+                self._slots.clear()
         self.page_table.release(sequence.block_table)
         sequence.block_table = []
 
     def reset(self) -> None:
-        for sequence in [*self._staged, *(row for row in self._rows if row is not None)]:
+        for sequence in [*self._staged, *self._layout.seated]:
             sequence.block_table = []
-        self._slots.clear()
         self._store.clear()
         self._new_books()
 
@@ -167,13 +177,16 @@ class SlotLane:
             "pages_used": self.page_table.used,
             "pages_free": self.page_table.free,
             "pages_cached": len(self.prefix_cache),
-            "slot_rows": self._slots.rows,
-            "slot_capacity": self._slots.capacity,
+            "slot_rows": sum(shape.rows for shape in self._layout.shapes),
+            "slot_capacity": max((shape.capacity for shape in self._layout.shapes), default=0),
+            "slot_groups": len(self._layout.groups),
+            "slot_tokens": sum(shape.tokens for shape in self._layout.shapes),
+            "slot_bytes": self._slots.nbytes,
             "kv_bytes": self._slots.nbytes + self._store.nbytes,
         }
 
     def check_integrity(self) -> None:
-        seated = [row.block_table for row in self._rows if row is not None]
+        seated = [sequence.block_table for sequence in self._layout.seated]
         staged = [sequence.block_table for sequence in self._staged]
         self.page_table.check_integrity([self.prefix_cache.cached_pages(), *seated, *staged])
         self.prefix_cache.check_integrity()
@@ -200,42 +213,28 @@ class SlotLane:
             self._written = True
         self.prefix_cache.insert(sequence.tokens, sequence.block_table)
 
-    def _fit_shape(self, joining: Items[Sequence]) -> None:
-        """Grow the working set at once when it must, shrink it when it has been too large for a while."""
-        seated = [row for row in self._rows if row is not None]
-        everyone = [*seated, *joining]
-        rows, capacity = row_bucket(len(everyone)), capacity_bucket(max(s.length for s in everyone))
-        if rows > self._slots.rows or capacity > self._slots.capacity:
-            rows, capacity = max(rows, self._slots.rows), max(capacity, self._slots.capacity)
-        elif (rows, capacity) == (self._slots.rows, self._slots.capacity):
-            self._slack_steps = 0
-            return
-        else:
-            self._slack_steps += 1
-            if joining or self._slack_steps < _SHRINK_AFTER_STEPS:
-                return
-        self._slack_steps = 0
-        keep = [row for row, sequence in enumerate(self._rows) if sequence is not None]
-        self._slots.reshape(rows, capacity, keep)
-        self._rows = [*seated, *[None] * (rows - len(seated))]
-        self._device = None
+    def _rearrange(self, change: Change | None) -> None:
+        if change is not None:
+            self._slots.rearrange(change)
+            self._device = None
 
     def _device_rows(self) -> _DeviceRows:
         if self._device is None:
-            inputs = np.zeros((3, len(self._rows)), np.int32)
-            for row, sequence in enumerate(self._rows):
+            rows = self._layout.rows
+            inputs = np.zeros((3, len(rows)), np.int32)
+            for row, sequence in enumerate(rows):
                 if sequence is not None:
                     last = sequence.emitted[-1] if sequence.emitted else sequence.prompt_ids[-1]
                     inputs[:, row] = (last, sequence.length - 1, 1)
             tokens, offsets, live = (mx.array(values) for values in inputs)
-            self._device = _DeviceRows(tokens, offsets, live, build_sampling(self._rows, self._sizes.vocab_size))
+            self._device = _DeviceRows(tokens, offsets, live, build_sampling(rows, self._sizes.vocab_size))
         return self._device
 
-    def _warm_step(self, rows: int, capacity: int) -> None:
-        blank = mx.zeros(rows, mx.int32)
-        sampling = build_sampling([None] * rows, self._sizes.vocab_size, _WARM_VARIANT)
-        out = self._runner.decode(blank, blank, blank, zeros(self._shapes, rows, capacity), sampling)
-        mx.eval(out.tokens, out.arrays)
+    def _warm_step(self, shapes: tuple[Shape, ...]) -> None:
+        blank = mx.zeros(sum(shape.rows for shape in shapes), mx.int32)
+        sampling = build_sampling([None] * blank.size, self._sizes.vocab_size, _WARM_VARIANT)
+        out = self._runner.decode(blank, blank, blank, [zeros(self._shapes, *shape) for shape in shapes], sampling)
+        mx.eval(out.tokens, out.groups)
 
 
 def _ask_logprobs(rows: Items[tuple[int, Sequence]], logits: mx.array, tokens: mx.array) -> LogprobFlight | None:
