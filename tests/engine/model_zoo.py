@@ -110,10 +110,23 @@ _LLAMA4: dict[str, Any] = {
 }
 
 _ECHOING = ("gemma2", "gemma3n")  # their large embeddings drown what the layers add
+_LFM2: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "norm_eps": 1e-5,
+    "conv_bias": False,
+    "conv_L_cache": 3,
+    "block_dim": 48,
+    "block_ff_dim": 64,
+    "block_multiple_of": 16,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_auto_adjust_ff_dim": False,
+    "full_attn_idxs": [1],
+}
+_WIDE: dict[str, Any] = {"hidden_size": 64, "head_dim": 16}  # a multiple of the group that weights are quantised in
+
 # Name of the zoo's model: model_type and what its configuration adds to the shared one.
 _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
-    "llama-wide": ("llama", {"hidden_size": 64, "head_dim": 16}),
     "qwen3_moe": ("qwen3_moe", _MOE),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gemma2": ("gemma2", {"query_pre_attn_scalar": 12}),
@@ -164,21 +177,7 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "intermediate_size": 96,
         },
     ),
-    "lfm2": (
-        "lfm2",
-        {
-            "num_hidden_layers": 3,
-            "norm_eps": 1e-5,
-            "conv_bias": False,
-            "conv_L_cache": 3,
-            "block_dim": 48,
-            "block_ff_dim": 64,
-            "block_multiple_of": 16,
-            "block_ffn_dim_multiplier": 1.0,
-            "block_auto_adjust_ff_dim": False,
-            "full_attn_idxs": [1],
-        },
-    ),
+    "lfm2": ("lfm2", _LFM2),
     "falcon_h1": ("falcon_h1", _MAMBA),
     "granitemoehybrid": (
         "granitemoehybrid",
@@ -209,8 +208,9 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-
-MODELS = tuple(name for name in _MODELS if name != "llama-wide")  # one per kind; the wide llama is for quantising
+MODELS = tuple(_MODELS)
+_MODELS["wide-llama"] = ("llama", _WIDE)
+_MODELS["wide-lfm2"] = ("lfm2", {**_LFM2, **_WIDE, "block_dim": 64})
 
 
 @cache

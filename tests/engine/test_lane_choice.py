@@ -5,11 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+import pytest
 from mlx_lm.models import llama
+from mlx_lm.models.base import create_causal_mask
 
+from scheduler.errors import StartupError
 from tests.engine.engine_stage import Stage, config, greedy, job, loaded, prompt, reference, tiny_llama
+from tests.engine.model_zoo import MODELS, zoo_model
 from workers.engine.engine import Engine
+from workers.engine.lane_choice import kv_bytes
 from workers.engine.model_runner import compiles, probe_slots
+from workers.engine.row_lane import RowLane
+from workers.engine.row_layers import RowKV
 from workers.engine.sequential_lane import SequentialLane
 from workers.engine.slot_lane import SlotLane
 
@@ -63,3 +70,46 @@ def test_the_kv_budget_is_split_between_rows_and_pages() -> None:
     half_tokens = (1 << 19) // token_bytes
     assert on.engine.kv_budget_tokens == half_tokens
     assert on.engine.lane.page_table.total == half_tokens // 16
+
+
+IN_SLOTS = {"llama", "qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3"}
+IN_TURNS = {"llama4"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kind_of_cache_runs_in_the_fastest_lane_it_can(name: str) -> None:
+    lane = Engine(zoo_model(name), config()).lane
+    assert type(lane) is (SlotLane if name in IN_SLOTS else SequentialLane if name in IN_TURNS else RowLane)
+
+
+class StrangeCache:
+    """Nothing that mlx_lm's models could use."""
+
+
+class StrangeLlama(llama.Model):
+    def make_cache(self) -> list[Any]:
+        return [StrangeCache() for _ in self.layers]
+
+
+def test_a_cache_that_does_not_work_at_all_is_named_at_the_start() -> None:
+    with pytest.raises(StartupError, match=r"'tiny' cannot run with its kind of cache \(StrangeCache\)"):
+        Engine(loaded(tiny_llama(kind=StrangeLlama)), config())
+
+
+@pytest.mark.parametrize("window", [None, 3, 8])
+def test_a_row_looks_at_what_mlx_lm_would_let_it_look_at(window: int | None) -> None:
+    lengths = (1, 3, 7, 8)
+    blank = mx.zeros((len(lengths), 1, 8, 1))
+    seen = RowKV(blank, blank, mx.array(lengths) - 1, 4).make_mask(1, window_size=window)
+    for row, length in enumerate(lengths):
+        alone = create_causal_mask(1, length - 1, window_size=window)[0]
+        assert mx.array_equal(seen[row, 0, 0], mx.pad(alone, (0, 8 - length)))
+
+
+def test_windows_and_states_leave_half_of_the_room_to_tokens() -> None:
+    hybrid = zoo_model("granitemoehybrid")
+    token_bytes, row_bytes = kv_bytes(hybrid)
+    room_bytes = 6 * row_bytes
+    on = Stage(Engine(hybrid, config(kv_budget_bytes=2 * room_bytes)))
+    assert on.engine.max_rows == 3
+    assert on.engine.kv_budget_tokens == 3 * row_bytes // token_bytes

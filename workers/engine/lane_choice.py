@@ -108,9 +108,9 @@ def _slot_lane(
 
 
 def _row_sizes(loaded: LoadedModel, caches: Items[Any], max_rows: int, half_bytes: int) -> RowSizes:
-    """As many rows as their windows and states leave room for, and the tokens that fit beside them."""
+    """As many rows as half of the room holds windows and states of, and the tokens that fit beside them."""
     token_bytes, row_bytes = cache_bytes(caches)
-    rows = max_rows if row_bytes == 0 else max(1, min(max_rows, half_bytes // row_bytes))
+    rows = max_rows if row_bytes == 0 else max(1, min(max_rows, half_bytes // 2 // row_bytes))
     useful_tokens = row_bucket(rows) * capacity_bucket(loaded.context_tokens)
     if token_bytes:
         room_bytes = max(0, half_bytes - row_bucket(rows) * row_bytes)
