@@ -113,6 +113,10 @@ def _assert_same(disturbed: list[Stream], undisturbed: list[Stream]) -> None:
         assert seen.end.usage.completion_tokens == expected.end.usage.completion_tokens
 
 
+def _goes_on_without(worker: WorkerView, stream: Stream) -> bool:
+    return stream.attempts[-1] != worker.id
+
+
 async def _busiest(fleet: Fleet, streams: list[Stream]) -> WorkerView:
     """The listed worker that runs most of the streams."""
     views = await fleet.workers()
@@ -129,7 +133,7 @@ async def test_every_stream_goes_on_exactly_when_an_engine_is_killed(
 
     disturbed = await _with_a_disturbance(client, kill_engine)
     _assert_same(disturbed, expected)
-    assert any(len(stream.attempts) == 2 for stream in disturbed)
+    assert any(len(stream.attempts) > 1 for stream in disturbed)
 
 
 async def test_every_stream_goes_on_exactly_when_a_worker_is_killed(
@@ -144,7 +148,7 @@ async def test_every_stream_goes_on_exactly_when_a_worker_is_killed(
 
     disturbed = await _with_a_disturbance(client, kill_worker)
     _assert_same(disturbed, expected)
-    assert any(len(stream.attempts) == 2 for stream in disturbed)
+    assert any(len(stream.attempts) > 1 for stream in disturbed)
     await wait_until(lambda: not engines[0].is_running())
 
 
@@ -158,7 +162,7 @@ async def test_a_hung_engine_is_killed_and_its_jobs_move_on(
 
     disturbed = await _with_a_disturbance(client, stop_engine)
     _assert_same(disturbed, expected)
-    assert any(len(stream.attempts) == 2 for stream in disturbed)
+    assert any(len(stream.attempts) > 1 for stream in disturbed)
 
 
 async def test_a_worker_that_slept_past_its_lease_writes_nothing_more(
@@ -171,12 +175,15 @@ async def test_a_worker_that_slept_past_its_lease_writes_nothing_more(
         victim = await _busiest(fleet, streams)
         slept.append(victim)
         os.kill(victim.pid, signal.SIGSTOP)
-        taken = [stream for stream in streams if stream.attempts[-1] == victim.id]
-        await wait_until(lambda: all(len(stream.attempts) == 2 for stream in taken))
-        os.kill(victim.pid, signal.SIGCONT)
+        # What it had already sent may still end a stream; every other one moves on to the worker that is awake.
+        try:
+            await wait_until(lambda: all(stream.end or _goes_on_without(victim, stream) for stream in streams), 60)
+        finally:
+            os.kill(victim.pid, signal.SIGCONT)
 
     disturbed = await _with_a_disturbance(client, sleep_past_lease)
     _assert_same(disturbed, expected)
+    assert any(len(stream.attempts) > 1 for stream in disturbed)
 
     async def returned() -> bool:
         views = [view for view in await fleet.workers() if view.pid == slept[0].pid]
