@@ -113,8 +113,8 @@ async def test_a_second_signal_hands_jobs_back_and_another_worker_goes_on(
 ) -> None:
     (listed,) = await workers.ensure(1, fleet)
     assert listed.engine_pid is not None
-    undisturbed = await client.answer("go on", max_tokens=1500)
-    async with client.stream("go on", max_tokens=1500) as (stream, following):
+    undisturbed = await client.answer("go on", max_tokens=600)
+    async with client.stream("go on", max_tokens=600) as (stream, following):
         await wait_until(lambda: stream.token_count > 50)
         os.kill(listed.engine_pid, signal.SIGSTOP)  # so that it cannot be done before the signals arrive
         worker = workers.of(listed)
@@ -126,7 +126,7 @@ async def test_a_second_signal_hands_jobs_back_and_another_worker_goes_on(
         await following
     assert len(stream.attempts) == 2
     assert (stream.tokens, stream.text) == (undisturbed.tokens, undisturbed.text)
-    assert isinstance(stream.end, Finished) and stream.end.usage.completion_tokens == 1500
+    assert isinstance(stream.end, Finished) and stream.end.usage.completion_tokens == 600
 
 
 async def test_the_death_of_the_parent_hands_jobs_back(workers: Workers, client: Client, fleet: Fleet) -> None:
