@@ -15,10 +15,12 @@ from scheduler.model_card import ModelCard
 from scheduler.parent_watch import watch
 from scheduler.queue.fleet import Fleet
 from scheduler.queue.job_queue import JobQueue
+from scheduler.queue.keys import quoted
 from scheduler.request import InferenceRequest, Message, Usage
 from scheduler.settings import Settings
 from scheduler.tokens import ChoiceDelta, EventId, Finished, decode_event
 from tests.conftest import SHARD, wait_until
+from tests.queue_cases import ask
 from workers.backend import BackendDied, BackendEvent, BackendStatus, Capacity, ChoiceProgress, JobDone, JobProgress
 from workers.consumer import Consumer
 from workers.shutdown import Shutdown
@@ -304,6 +306,7 @@ async def test_an_idle_worker_asks_once_for_each_job(
     shutdown.request()
     await running
     assert asked < 5 * jobs  # submit, claim, emit, end; beside them one claim a second
+    assert not await ask(redis, "EXISTS", queue.keys.of("full", quoted("tiny")))  # it never listened as a full one
 
 
 async def _script_calls(redis: Redis) -> int:
