@@ -7,7 +7,16 @@ from __future__ import annotations
 import subprocess
 import sys
 
-SCRIPTS = ("engine_decode", "engine_mixed", "engine_churn", "stack", "takeover", "queue", "queue_scale")
+SCRIPTS = (
+    "engine_decode",
+    "engine_mixed",
+    "engine_churn",
+    "engine_sampling",
+    "stack",
+    "takeover",
+    "queue",
+    "queue_scale",
+)
 
 
 def main() -> int:

@@ -27,7 +27,8 @@ from benchmarks.engine_turns import (
 PROMPT_TOKENS = 16
 
 
-def _work(rows: int, tokens: int, generator: Generator, turn: int) -> Turn:
+def decode_rows(rows: int, tokens: int, generator: Generator, turn: int) -> Turn:
+    """All rows from short prompts to `tokens` tokens; counted once all have their first."""
     said = {generator.add(prompt(turn * 64 + row, PROMPT_TOKENS), tokens): list[int]() for row in range(rows)}
     started_s, counted = 0.0, 0
     while any(len(answer) < tokens for answer in said.values()):
@@ -49,7 +50,9 @@ def main() -> None:
     print_machine(arguments)
     both = (partial(Bare, loaded.model, arguments.temperature), partial(Ours, engine, arguments.temperature))
     for rows in map(int, arguments.rows.split(",")):
-        print(compare(f"{rows:>4} rows", arguments.rounds, both, partial(_work, rows, arguments.tokens)), flush=True)
+        print(
+            compare(f"{rows:>4} rows", arguments.rounds, both, partial(decode_rows, rows, arguments.tokens)), flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -58,8 +58,12 @@ class Bare:
         )
 
     def add(self, prompt: list[int], tokens: int) -> int:
-        (request,) = self._generator.insert([prompt], max_tokens=[tokens])
+        (request,) = self._generator.insert([prompt], max_tokens=[tokens], **self._choices())
         return request
+
+    def _choices(self) -> dict[str, Any]:
+        """What `insert` is told of the next request's sampling."""
+        return {}
 
     def step(self) -> list[tuple[int, int]]:
         return [(response.uid, response.token) for response in self._generator.next_generated()]
@@ -81,10 +85,13 @@ class Ours:
 
     def add(self, prompt: list[int], tokens: int) -> int:
         self._added += 1
-        params = SamplingParams(temperature=self._temperature, max_tokens=tokens, ignore_eos=True)
-        request = InferenceRequest(model="bench", messages=(), sampling=params)
+        request = InferenceRequest(model="bench", messages=(), sampling=self._params(tokens))
         self._engine.add(PreparedJob(str(self._added), 1, tuple(prompt), request))
         return self._added
+
+    def _params(self, tokens: int) -> SamplingParams:
+        """The next request's sampling."""
+        return SamplingParams(temperature=self._temperature, max_tokens=tokens, ignore_eos=True)
 
     def step(self) -> list[tuple[int, int]]:
         gained: list[tuple[int, int]] = []
@@ -110,7 +117,7 @@ class Turn:
     said: list[list[int]]
 
 
-def new_model(name: str) -> LoadedModel:
+def new_model(name: str, vocab_size: int = _VOCAB) -> LoadedModel:
     """`tiny` and `small` are llamas with random weights."""
     if name == "demo":
         return load(weights_path(), "demo")
@@ -125,7 +132,7 @@ def new_model(name: str) -> LoadedModel:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             rms_norm_eps=1e-5,
-            vocab_size=_VOCAB,
+            vocab_size=vocab_size,
             tie_word_embeddings=True,
         )
     )
@@ -136,7 +143,7 @@ def new_model(name: str) -> LoadedModel:
         name=name,
         path=Path(name),
         context_tokens=8192,
-        vocab_size=_VOCAB,
+        vocab_size=vocab_size,
         eos_ids=frozenset(),
         dtype=mx.float32,
         config={},
@@ -173,9 +180,17 @@ def print_machine(arguments: argparse.Namespace) -> None:
 
 
 def compare(
-    name: str, rounds: int, generators: Iterable[Callable[[], Generator]], work: Callable[[Generator, int], Turn]
+    name: str,
+    rounds: int,
+    generators: Iterable[Callable[[], Generator]],
+    work: Callable[[Generator, int], Turn],
+    *,
+    same_answers: bool = True,
 ) -> str:
-    """A line of medians and ratios: the work done by bare and ours, in turns; the first turn warms both up."""
+    """A line of medians and ratios: the work done by bare and ours, in turns; the first turn warms both up.
+
+    Answers are compared unless the two draw from different random streams.
+    """
     bare: list[float] = []
     ours: list[float] = []
     differ = 0
@@ -189,7 +204,8 @@ def compare(
     return (
         f"{name}  BatchGenerator {statistics.median(bare):>7.0f} ({min(bare):.0f}-{max(bare):.0f})"
         f"  engine {statistics.median(ours):>7.0f} ({min(ours):.0f}-{max(ours):.0f})"
-        f"  ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}), {differ} answers differ"
+        f"  ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+        + (f", {differ} answers differ" if same_answers else "")
     )
 
 

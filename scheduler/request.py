@@ -46,6 +46,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    xtc_probability: float = 0.0  # how often the top choices are excluded; see workers.engine.token_draw
+    xtc_threshold: float = 0.1  # the share from which a token is a top choice
     logit_bias: dict[int, float] = {}
     seed: int = 0  # [0, 2**63)
     max_tokens: int | None = None

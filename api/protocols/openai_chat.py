@@ -52,6 +52,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "repetition_penalty": (TINY, 100),
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),
+    "xtc_probability": (0, 1),
+    "xtc_threshold": (0, 0.5),  # above, no token could be passed over for a lesser one
     "seed": (-INT64_MAX - 1, INT64_MAX),
     "max_tokens": (1, INT32_MAX),
     "max_completion_tokens": (1, INT32_MAX),
@@ -83,6 +85,8 @@ class WireChat(msgspec.Struct, kw_only=True):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
     logit_bias: dict[str, float] | None = None
     seed: int | None = None
     max_tokens: int | None = None
@@ -150,6 +154,8 @@ def _read_sampling(wire: WireChat, fallback_seed: int) -> SamplingParams:
         "repetition_penalty": wire.repetition_penalty,
         "presence_penalty": wire.presence_penalty,
         "frequency_penalty": wire.frequency_penalty,
+        "xtc_probability": wire.xtc_probability,
+        "xtc_threshold": wire.xtc_threshold,
         "logit_bias": _read_bias(wire.logit_bias),
         "seed": fallback_seed if wire.seed is None else wire.seed & INT64_MAX,
         "max_tokens": _read_max_tokens(wire),

@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import msgspec
 import pytest
 from mlx_lm.models import llama
 
@@ -21,6 +22,7 @@ from tests.engine.engine_stage import (
     loaded,
     prompt,
     reference,
+    seeded,
     stage,
     tiny_llama,
 )
@@ -73,6 +75,42 @@ def test_a_failed_job_takes_its_other_choices_along(model: nn.Module) -> None:
     on.add(job("bad", (1, 2, POISON), greedy(5), n=3))
     on.run()
     assert on.jobs["bad"].error is not None
+    assert_all_free(on)
+
+
+class OverflowingLlama(llama.Model):
+    """Computes no usable logits in the row that reads the poison token."""
+
+    overflow = mx.nan
+
+    def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
+        logits = super().__call__(inputs, cache, input_embeddings)
+        return mx.where((inputs == POISON)[:, :, None], self.overflow, logits)
+
+
+class InfiniteLlama(OverflowingLlama):
+    overflow = mx.inf
+
+
+@pytest.mark.parametrize("kind", [OverflowingLlama, InfiniteLlama])
+@pytest.mark.parametrize("params", [greedy(40), seeded(5, 40), SamplingParams(top_k=9, max_tokens=40, logprobs=True)])
+def test_a_row_without_finite_logits_fails_alone(
+    model: nn.Module, kind: type[llama.Model], params: SamplingParams
+) -> None:
+    on = Stage(Engine(loaded(tiny_llama(kind=kind)), config()))
+    calm = stage(model)
+    for at in range(3):
+        good = job(f"good-{at}", _clean(at, 10 + at), msgspec.structs.replace(params, logit_bias={POISON: -100.0}))
+        on.add(good)
+        calm.add(good)
+    on.run(until=lambda: len(on.jobs["good-0"].tokens) > 8)
+    on.add(job("bad", (*_clean(7, 5), POISON), params, n=2))
+    on.run()
+    error = on.jobs["bad"].error
+    assert error is not None and error.code == "engine_failure" and "not finite" in error.message
+    calm.run()
+    for at in range(3):
+        assert on.jobs[f"good-{at}"].tokens == calm.jobs[f"good-{at}"].tokens
     assert_all_free(on)
 
 

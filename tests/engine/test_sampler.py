@@ -1,94 +1,30 @@
-"""The sampler against numpy: support sets of the filters, penalties, bias, frequencies, log-probabilities."""
+"""Edits before the draw against their formulas, the groups rows are drawn in, and log-probabilities."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from scheduler.request import SamplingParams
-from tests.engine.engine_stage import VOCAB, job, prompt, run_alone, tiny_llama, tokenizer
-from workers.engine.detokenizer import TextStream
-from workers.engine.sampler import EditRows, build_sampling, edit_logits, sample
-from workers.engine.sequence import Sequence
+from tests.engine.engine_stage import VOCAB, job, prompt, run_alone, tiny_llama
+from tests.engine.sampling_cases import STOP, Floats, draw, draw_often, random_logits, row_of
+from workers.engine.logit_edits import EditRows, edit_logits
+from workers.engine.sampler import Variant, build_sampling, sample
 
 WIDTH = 50
-Floats = npt.NDArray[np.float32]
-
-
-def _row(params: SamplingParams, prompted: tuple[int, ...] = (1, 2, 3), emitted: tuple[int, ...] = ()) -> Sequence:
-    return Sequence(
-        job_id="job", attempt=1, index=0, prompt_ids=prompted, params=params, text=TextStream(tokenizer()),
-        token_limit=100, stop_ids=frozenset({49}), emitted=list(emitted),
-    )  # fmt: skip
-
-
-def _draws(params: SamplingParams, logits: Floats, count: int) -> list[int]:
-    """`count` draws from one distribution: one row per draw, each with a seed of its own."""
-    rows = [_row(msgspec.structs.replace(params, seed=seed)) for seed in range(count)]
-    sampling = build_sampling(rows, WIDTH)
-    offsets = mx.full((count,), 2, dtype=mx.int32)
-    tokens, _ = sample(sampling.variant, mx.array(np.tile(logits, (count, 1))), offsets, sampling.draw, sampling.edit)
-    return tokens.tolist()  # pyright: ignore[reportReturnType]
 
 
 @pytest.fixture
 def logits() -> Floats:
-    return (np.random.default_rng(3).standard_normal(WIDTH) * 2).astype(np.float32)
+    return random_logits(3, 1, WIDTH)[0]
 
 
-def _softmax(values: Floats) -> Floats:
-    shifted = np.exp(values - values.max())
-    return shifted / shifted.sum()
-
-
-def test_draws_follow_the_distribution(logits: Floats) -> None:
-    counts = np.bincount(_draws(SamplingParams(temperature=1.0), logits, 6000), minlength=WIDTH)
-    expected = _softmax(logits) * 6000
-    likely = expected > 5
-    chi_square = float(((counts - expected) ** 2 / expected)[likely].sum())
-    assert chi_square < 2 * likely.sum()
-
-
-def test_temperature_sharpens(logits: Floats) -> None:
-    counts = np.bincount(_draws(SamplingParams(temperature=0.25), logits, 2000), minlength=WIDTH)
-    expected = _softmax(logits / 0.25)
-    assert abs(counts[expected.argmax()] / 2000 - expected.max()) < 0.04
-
-
-def test_a_temperature_near_zero_is_greedy(logits: Floats) -> None:
-    assert set(_draws(SamplingParams(temperature=1e-38), logits, 200)) == {int(logits.argmax())}
-
-
-def test_top_k_draws_from_the_k_best_only(logits: Floats) -> None:
-    drawn = set(_draws(SamplingParams(top_k=5), logits, 2000))
-    assert drawn == set(np.argsort(-logits)[:5].tolist())
-
-
-def test_top_p_draws_from_the_smallest_set_that_has_the_mass(logits: Floats) -> None:
-    order = np.argsort(-logits)
-    mass = np.cumsum(_softmax(logits)[order])
-    nucleus = set(order[: int(np.searchsorted(mass, 0.7)) + 1].tolist())
-    assert set(_draws(SamplingParams(top_p=0.7), logits, 4000)) == nucleus
-
-
-def test_min_p_draws_nothing_below_the_share_of_the_best(logits: Floats) -> None:
-    probabilities = _softmax(logits)
-    allowed = set(np.flatnonzero(probabilities >= 0.2 * probabilities.max()).tolist())
-    assert set(_draws(SamplingParams(min_p=0.2), logits, 3000)) == allowed
-
-
-def test_top_p_counts_the_mass_of_what_top_k_left(logits: Floats) -> None:
-    order = np.argsort(-logits)[:6]
-    mass = np.cumsum(_softmax(logits[order]))
-    nucleus = set(order[: int(np.searchsorted(mass, 0.6)) + 1].tolist())
-    assert set(_draws(SamplingParams(top_k=6, top_p=0.6), logits, 3000)) == nucleus
-
-
-def test_filters_never_remove_the_best_token(logits: Floats) -> None:
-    assert set(_draws(SamplingParams(top_p=0.0, min_p=1.0), logits, 50)) == {int(logits.argmax())}
+def _edited(params: SamplingParams, logits: Floats, prompted: tuple[int, ...], emitted: tuple[int, ...]) -> Floats:
+    sampling = build_sampling([row_of(params, prompted, emitted)], len(logits))
+    offsets = mx.array([len(prompted) - 1 + len(emitted)], dtype=mx.int32)
+    return np.array(edit_logits(sampling.variant.edits, mx.array(logits)[None], offsets, EditRows(*sampling.edit)))[0]
 
 
 def test_penalties_and_bias_are_those_of_the_formula(logits: Floats) -> None:
@@ -100,10 +36,6 @@ def test_penalties_and_bias_are_those_of_the_formula(logits: Floats) -> None:
         min_tokens=9,
     )
     prompted, emitted = (1, 2, 3, 20), (5, 5, 8, 3)
-    sampling = build_sampling([_row(params, prompted, emitted)], WIDTH)
-    offsets = mx.array([len(prompted) - 1 + len(emitted)], dtype=mx.int32)
-    edited = np.array(edit_logits(mx.array(logits)[None], offsets, EditRows(*sampling.edit)))[0]
-
     expected = logits.copy()
     for token in {*prompted, *emitted}:
         expected[token] = expected[token] / 1.3 if expected[token] > 0 else expected[token] * 1.3
@@ -113,24 +45,64 @@ def test_penalties_and_bias_are_those_of_the_formula(logits: Floats) -> None:
         expected[token] -= 0.4
     expected[7] += 2.5
     expected[11] -= 3.0
-    expected[49] = -np.inf  # the row's stop token: four of nine tokens were emitted
-    np.testing.assert_allclose(edited, expected, rtol=1e-5)
+    expected[STOP] = -np.inf  # four of nine tokens were emitted
+    np.testing.assert_allclose(_edited(params, logits, prompted, emitted), expected, rtol=1e-5)
 
 
-def test_counts_go_up_with_each_draw(logits: Floats) -> None:
-    params = SamplingParams(temperature=0.0, frequency_penalty=1.5)
-    sampling = build_sampling([_row(params)], WIDTH)
+def test_presence_and_frequency_look_at_the_output_and_repetition_at_the_prompt_too(logits: Floats) -> None:
+    for params in (SamplingParams(presence_penalty=1.0), SamplingParams(frequency_penalty=1.0)):
+        changed = _edited(params, logits, (1, 2, 2), (5,)) != logits
+        assert np.flatnonzero(changed).tolist() == [5]
+    changed = _edited(SamplingParams(repetition_penalty=2.0), logits, (1, 2, 2), (5,)) != logits
+    assert np.flatnonzero(changed).tolist() == [1, 2, 5]
+
+
+def test_negative_penalties_invite_repetition(logits: Floats) -> None:
+    edited = _edited(SamplingParams(frequency_penalty=-0.5, presence_penalty=-1.0), logits, (1,), (5, 5))
+    assert edited[5] == pytest.approx(logits[5] + 2.0)
+
+
+def test_a_bias_of_100_decides_either_way(logits: Floats) -> None:
+    worst, best = int(logits.argmin()), int(logits.argmax())
+    for temperature in (0.0, 1.0, 2.0):
+        wanted = SamplingParams(temperature=temperature, logit_bias={worst: 100.0})
+        assert set(draw_often(wanted, logits, 300)) == {worst}
+        banned = SamplingParams(temperature=temperature, logit_bias={best: -100.0})
+        assert best not in draw_often(banned, logits, 300)
+
+
+def test_a_temperature_near_zero_is_greedy(logits: Floats) -> None:
+    assert set(draw_often(SamplingParams(temperature=1e-38), logits, 200)) == {int(logits.argmax())}
+
+
+def test_filters_never_remove_the_best_token(logits: Floats) -> None:
+    assert set(draw_often(SamplingParams(top_p=0.0, min_p=1.0), logits, 50)) == {int(logits.argmax())}
+
+
+@pytest.mark.parametrize("kind", ["frequency_penalty", "presence_penalty", "repetition_penalty"])
+def test_penalties_go_on_with_each_draw_as_if_the_row_had_come_later(logits: Floats, kind: str) -> None:
+    params = msgspec.structs.replace(SamplingParams(temperature=0.0), **{kind: 4.0})
+    sampling = build_sampling([row_of(params)], WIDTH)
     drawn: list[int] = []
     for step in range(12):
-        tokens, sampling.edit = sample(
-            sampling.variant, mx.array(logits)[None], mx.array([2 + step], dtype=mx.int32), sampling.draw, sampling.edit
-        )
+        offsets = mx.array([2 + step], dtype=mx.int32)
+        tokens, sampling.edit = sample(sampling.variant, mx.array(logits)[None], offsets, sampling.draw, sampling.edit)
+        assert tokens.tolist() == draw([row_of(params, emitted=tuple(drawn))], logits[None])
         drawn.extend(tokens.tolist())  # pyright: ignore[reportArgumentType]
-    expected, penalised = [], logits.copy()
-    for _ in range(12):
-        expected.append(int(penalised.argmax()))
-        penalised[expected[-1]] -= 1.5
-    assert drawn == expected
+    assert len(set(drawn)) > 1
+
+
+def test_nothing_is_prepared_that_no_row_asked_for() -> None:
+    greedy, plain = SamplingParams(temperature=0.0), SamplingParams()
+    assert build_sampling([row_of(greedy), None], WIDTH).variant == Variant()
+    (alone,) = build_sampling([row_of(plain)], WIDTH).variant.groups
+    assert (alone.candidates, alone.min_p, alone.nucleus, alone.xtc_stop) == (0, False, 0, 0)
+    rows = [row_of(one) for one in (greedy, plain, SamplingParams(top_k=5), SamplingParams(top_p=0.5))]
+    mixed = build_sampling(rows, 1000)
+    assert [(group.rows, group.candidates, group.nucleus) for group in mixed.variant.groups] == [(2, 0, 1), (1, 64, 0)]
+    assert mixed.variant.greedy == 1 and mixed.edit == []
+    one_edit = build_sampling([*rows, row_of(SamplingParams(temperature=0.0, frequency_penalty=1.0))], 1000)
+    assert one_edit.variant.edits.rows == 1 and not one_edit.variant.edits.repetition
 
 
 def test_logprobs_are_the_log_softmax_of_the_raw_logits() -> None:
@@ -145,6 +117,12 @@ def test_logprobs_are_the_log_softmax_of_the_raw_logits() -> None:
         assert position.chosen.logprob == pytest.approx(expected[outcome.tokens[at]], abs=1e-4)
         assert [one.logprob for one in position.top] == pytest.approx(np.sort(expected)[::-1][:4].tolist(), abs=1e-4)
         assert bytes(position.chosen.bytes).decode("utf-8", errors="replace") == position.chosen.token
+
+
+def test_logprobs_without_alternatives_name_none() -> None:
+    params = SamplingParams(seed=3, max_tokens=4, ignore_eos=True, logprobs=True)
+    said = run_alone(tiny_llama(), job("job", prompt(3, 14), params)).choices[0].logprobs
+    assert len(said) == 4 and all(position.top == () and position.chosen.logprob < 0 for position in said)
 
 
 def test_rows_that_do_not_ask_get_no_logprobs() -> None:

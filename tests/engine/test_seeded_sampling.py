@@ -17,6 +17,8 @@ PARAMS = (
     msgspec.structs.replace(seeded(14, 40), top_k=20, min_p=0.01),
     msgspec.structs.replace(seeded(15, 40), repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.2),
     msgspec.structs.replace(seeded(16, 40), logit_bias={5: 4.0, 9: -100.0}, min_tokens=30),
+    msgspec.structs.replace(seeded(17, 40), xtc_probability=0.5, xtc_threshold=0.02),
+    msgspec.structs.replace(seeded(18, 40), xtc_probability=0.5, xtc_threshold=0.02, top_k=90, top_p=0.95),
     greedy(40),
 )
 
@@ -44,7 +46,7 @@ def test_compiled_sampling_draws_the_same(model: nn.Module) -> None:
     assert on.jobs["compiled"].tokens == run_alone(model, job("plain", prompt(1, 9), seeded(11, 30))).tokens
 
 
-@pytest.mark.parametrize("at", range(6))
+@pytest.mark.parametrize("at", range(len(PARAMS)))
 def test_a_takeover_draws_what_the_first_attempt_would_have_drawn(model: nn.Module, at: int) -> None:
     params = PARAMS[at]
     whole = run_alone(model, job("job", prompt(at, 12), params))

@@ -96,4 +96,4 @@ class DecodeRows:
         asking = [(row, sequence.params.top_logprobs) for row, sequence in self.seated if sequence.params.logprobs]
         if not asking:
             return None
-        return launch_logprobs(logits, tokens, [row for row, _ in asking], max(1, *(top for _, top in asking)))
+        return launch_logprobs(logits, tokens, [row for row, _ in asking], max(top for _, top in asking))

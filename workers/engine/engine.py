@@ -30,6 +30,7 @@ from workers.engine.lane import Lane
 from workers.engine.lane_choice import choose_lane
 from workers.engine.loader import LoadedModel
 from workers.engine.logprobs import LogprobReader
+from workers.engine.sampler import NO_TOKEN
 from workers.engine.sequence import JobRun, Phase, PreparedJob, Sequence, SequenceLimits, build_run
 
 __all__ = ["Engine", "EngineConfig", "PreparedJob"]
@@ -207,6 +208,9 @@ class Engine:
         draws: list[tuple[int, Sequence, int]] = []
         for row, sequence in flight.rows:
             if sequence.phase is Phase.RUNNING and not sequence.is_finished:
+                if tokens[row] == NO_TOKEN:
+                    self._fail(self._runs[sequence.job_id, sequence.attempt], ArithmeticError("logits are not finite"))
+                    continue
                 sequence.record(tokens[row])
                 sequence.suspect = False
                 draws.append((row, sequence, tokens[row]))

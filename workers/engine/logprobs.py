@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from scheduler.tokens import PositionLogprobs, TokenLogprob
 from workers.engine.detokenizer import token_bytes
+from workers.engine.token_draw import best_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +36,13 @@ def launch_logprobs(logits: mx.array, tokens: mx.array, rows: Iterable[int], top
     indices = list(rows)
     picked = mx.array(indices)
     asked = logits[picked].astype(mx.float32)
-    values = asked - mx.logsumexp(asked, axis=-1, keepdims=True)
-    chosen = mx.take_along_axis(values, tokens[picked][:, None], axis=-1)[:, 0]
-    ids = mx.argsort(-values, axis=-1)[:, :top]
-    best = mx.take_along_axis(values, ids, axis=-1)
-    return LogprobFlight({row: place for place, row in enumerate(indices)}, chosen, ids, best)
+    total = mx.logsumexp(asked, axis=-1, keepdims=True)
+    chosen = mx.take_along_axis(asked, mx.maximum(tokens[picked], 0)[:, None], axis=-1) - total
+    if top:
+        values, ids = best_tokens(asked, min(top, asked.shape[-1]))
+    else:
+        values, ids = mx.zeros((len(indices), 0)), mx.zeros((len(indices), 0), mx.uint32)
+    return LogprobFlight({row: place for place, row in enumerate(indices)}, chosen[:, 0], ids, values - total)
 
 
 class LogprobReader:

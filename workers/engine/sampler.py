@@ -1,14 +1,17 @@
 """Draws the next token of every row in one call, each row by its own SamplingParams. Engine thread only.
 
-Order, as in vLLM and transformers: repetition, frequency and presence penalty, logit_bias, tokens banned below
-min_tokens, temperature, then top_k, top_p (over what top_k left) and min_p. Repetition looks at prompt and output,
-presence and frequency at the output only. A row's randomness is a pure function of (seed, choice index, output
-position).
+Order, as in vLLM and text-generation-webui: penalties, logit_bias and bans (logit_edits), temperature, top_k, top_p
+over what top_k left, min_p, XTC over what all of them left (token_draw). Rows are grouped by what they need, so that
+nothing is computed for a row that did not ask: greedy rows take the best logit, rows with a top_k look at their
+candidates alone, the others at the whole vocabulary. A row's randomness is a pure function of (seed, choice index,
+output position), and its token does not depend on who else is in the batch.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,43 +19,53 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from scheduler.request import SamplingParams
+from workers.engine.logit_edits import (
+    EditKinds,
+    EditRows,
+    build_edits,
+    count_tokens,
+    edit_kinds,
+    edit_logits,
+    is_edited,
+    is_penalised,
+)
 from workers.engine.sequence import Sequence
+from workers.engine.token_draw import UNIFORMS, Group, GroupRows, draw_group
 
 Rows = Items[Sequence | None]
-_COLDEST = 1e-4  # colder is greedy in all but name, and logits over it would overflow
+NO_TOKEN = -1  # drawn where the logits are not finite; the engine fails the row
+_COLDEST = 1e-4  # colder is greedy in all but name
+_CANDIDATE_COUNTS = (64, 256, 1024)
 
 
 class Variant(NamedTuple):
-    """Which parts of the sampler some row of the batch needs; a compiled step exists per variant."""
+    """The static part of sampling one batch: a compiled step exists per variant. The default: all rows greedy."""
 
-    draws: bool = False
-    filters: bool = False
-    edits: bool = False
+    greedy: int = 0  # rows, where others draw or are edited
+    groups: tuple[Group, ...] = ()
+    edits: EditKinds = EditKinds()
 
 
 class DrawRows(NamedTuple):
-    """Per row: how to draw. Shapes [rows], key [rows, 2] uint32. `origin` is the cache length before output 0."""
+    """The drawing rows in the order of their groups: `key` [n, 2] uint32, `guard` [rows with XTC, vocab], else [n, 1].
 
-    temperature: mx.array
-    key: mx.array
+    `source` [greedy rows + n]: where each row's logits are, the edited ones behind the batch's. `place` [batch rows]:
+    where each row's token is among those. `row` [n]: the batch row; `origin` [n]: the cache length before output 0.
+    """
+
+    source: mx.array
+    place: mx.array
+    row: mx.array
     origin: mx.array
+    key: mx.array
+    scale: mx.array
     top_k: mx.array
     top_p: mx.array
     min_p: mx.array
-
-
-class EditRows(NamedTuple):
-    """Per row: how logits are edited first. Shapes [rows] and [rows, vocab]; `counts` goes up each step."""
-
-    repetition: mx.array
-    presence: mx.array
-    frequency: mx.array
-    origin: mx.array
-    min_tokens: mx.array
-    bias: mx.array
-    banned: mx.array
-    prompted: mx.array
-    counts: mx.array
+    xtc_probability: mx.array
+    xtc_threshold: mx.array
+    guard: mx.array
 
 
 @dataclass(slots=True)
@@ -64,78 +77,80 @@ class Sampling:
     edit: list[mx.array]
 
 
-def variant_of(rows: Rows) -> Variant:
-    """The cheapest variant that is right for all rows."""
-    active = [row for row in rows if row is not None]
-    drawing = [row for row in active if not row.params.is_greedy]
-    return Variant(
-        draws=bool(drawing),
-        filters=any(_filters(row) for row in drawing),
-        edits=any(_edits(row) for row in active),
-    )
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A sequence in its batch row."""
+
+    row: int
+    sequence: Sequence
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.sequence.params
 
 
-def build_sampling(rows: Rows, vocab_size: int, variant: Variant | None = None) -> Sampling:
-    """Arrays for these rows in their present state; None is an empty row. A given variant must cover all rows."""
-    if variant is None:
-        variant = variant_of(rows)
-    return Sampling(
-        variant,
-        list(_draw_rows(rows, vocab_size)) if variant.draws else [],
-        list(_edit_rows(rows, vocab_size)) if variant.edits else [],
-    )
+def build_sampling(rows: Rows, vocab_size: int) -> Sampling:
+    """Arrays for these rows in their present state; None is an empty row."""
+    placed = [_Placed(at, row) for at, row in enumerate(rows) if row is not None]
+    edited = sorted((one for one in placed if is_edited(one.sequence)), key=lambda one: not is_penalised(one.sequence))
+    greedy = [one for one in placed if one.params.is_greedy]
+    if len(greedy) == len(placed) and not edited:
+        return Sampling(Variant(), [], [])
+    groups = _grouped([one for one in placed if not one.params.is_greedy], vocab_size)
+    sequences = [one.sequence for one in edited]
+    kinds = edit_kinds(sequences)
+    variant = Variant(len(greedy), tuple(_group_of(count, members) for count, members in groups), kinds)
+    drawing = [one for _, members in groups for one in members]
+    edit = list(build_edits([one.row for one in edited], sequences, vocab_size)) if edited else []
+    return Sampling(variant, list(_draw_rows(len(rows), greedy, drawing, edited, vocab_size)), edit)
 
 
 def sample(
     variant: Variant, logits: mx.array, offsets: mx.array, draw: list[mx.array], edit: list[mx.array]
 ) -> tuple[mx.array, list[mx.array]]:
-    """Tokens [rows] int32 for logits [rows, vocab] f32, and the edit arrays with the drawn tokens counted."""
-    edited = edit_logits(logits, offsets, EditRows(*edit)) if variant.edits else logits
-    tokens = mx.argmax(edited, axis=-1).astype(mx.int32)
-    if variant.draws:
-        rows = DrawRows(*draw)
-        tokens = mx.where(rows.temperature > 0, _draw(variant, edited, offsets, rows), tokens)
-    if not variant.edits:
+    """Tokens [rows] int32 for logits [rows, vocab] f32, and the edit arrays with the drawn tokens counted.
+
+    `offsets` [rows] are cache lengths. A row whose best logit is not finite gets NO_TOKEN.
+    """
+    if not draw:
+        return _best(logits), edit
+    rows = DrawRows(*draw)
+    if variant.edits.rows:
+        logits = mx.concatenate([logits, edit_logits(variant.edits, logits, offsets, EditRows(*edit))])
+    parts = [_best(logits[rows.source[: variant.greedy]])] if variant.greedy else []
+    for group, source, asked in group_rows(variant, rows, offsets):
+        tokens, best = draw_group(group, logits[source], asked)
+        parts.append(mx.where(mx.abs(best) < mx.inf, tokens, NO_TOKEN))
+    tokens = mx.concatenate(parts)[rows.place]
+    if not variant.edits.rows:
         return tokens, edit
-    counts = edit[-1]
-    drawn = mx.take_along_axis(counts, tokens[:, None], axis=1) + 1
-    return tokens, [*edit[:-1], mx.put_along_axis(counts, tokens[:, None], drawn, axis=1)]
+    return tokens, list(count_tokens(variant.edits, mx.maximum(tokens, 0), EditRows(*edit)))
 
 
-def edit_logits(logits: mx.array, offsets: mx.array, rows: EditRows) -> mx.array:
-    """Penalties, bias and bans, as the module says."""
-    repeated = rows.prompted | (rows.counts > 0)
-    repetition = rows.repetition[:, None]
-    penalised = mx.where(logits > 0, logits / repetition, logits * repetition)
-    logits = mx.where(repeated, penalised, logits)
-    counts = rows.counts.astype(logits.dtype)
-    logits = logits - rows.frequency[:, None] * counts - rows.presence[:, None] * (counts > 0)
-    too_early = (offsets - rows.origin < rows.min_tokens)[:, None] & rows.banned
-    return mx.where(too_early, -mx.inf, logits + rows.bias)
-
-
-def filter_logits(scaled: mx.array, rows: DrawRows) -> mx.array:
-    """-inf outside top_k, top_p and min_p; `scaled` are logits over temperature. The best token always stays."""
-    ordered = -mx.sort(-scaled, axis=-1)
-    in_top_k = mx.arange(scaled.shape[-1])[None] < rows.top_k[:, None]
-    probabilities = mx.softmax(mx.where(in_top_k, ordered, -mx.inf), axis=-1)
-    mass_before = mx.cumsum(probabilities, axis=-1) - probabilities
-    in_top_p = (mass_before < rows.top_p[:, None]) | (rows.top_p[:, None] >= 1)
-    in_min_p = ordered >= ordered[:, :1] + mx.log(rows.min_p)[:, None]
-    kept = mx.sum(in_top_k & in_top_p & in_min_p, axis=-1, keepdims=True)
-    threshold = mx.take_along_axis(ordered, mx.maximum(kept, 1) - 1, axis=-1)
-    return mx.where(scaled < threshold, -mx.inf, scaled)
-
-
-def _draw(variant: Variant, logits: mx.array, offsets: mx.array, rows: DrawRows) -> mx.array:
-    """Gumbel-max: exact, one pass, and never a token that was ruled out."""
-    scaled = logits / mx.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
-    if variant.filters:
-        scaled = filter_logits(scaled, rows)
-    positions = (offsets - rows.origin).astype(mx.uint32)
-    keys = mx.stack([rows.key[:, 0], rows.key[:, 1] + positions], axis=1)
-    uniform = mx.vmap(lambda key: mx.random.uniform(shape=logits.shape[1:], key=key))(keys)
-    return mx.argmax(scaled - mx.log(-mx.log(uniform)), axis=-1).astype(mx.int32)
+def group_rows(variant: Variant, rows: DrawRows, offsets: mx.array) -> Iterator[tuple[Group, mx.array, GroupRows]]:
+    """Each group, where its rows' logits are [n], and its share of the arrays."""
+    if not variant.groups:
+        return
+    uniforms = _uniforms(rows, offsets)
+    start = guard_start = 0
+    for group in variant.groups:
+        own = slice(start, start + group.rows)
+        guard_stop = guard_start + group.xtc_stop - group.xtc_start
+        yield (
+            group,
+            rows.source[variant.greedy :][own],
+            GroupRows(
+                scale=rows.scale[own],
+                top_k=rows.top_k[own],
+                top_p=rows.top_p[own],
+                min_p=rows.min_p[own],
+                xtc_probability=rows.xtc_probability[own],
+                xtc_threshold=rows.xtc_threshold[own],
+                guard=rows.guard[guard_start:guard_stop],
+                uniforms=uniforms[own],
+            ),
+        )
+        start, guard_start = start + group.rows, guard_stop
 
 
 def row_key(seed: int, choice_index: int) -> tuple[int, int]:
@@ -144,66 +159,97 @@ def row_key(seed: int, choice_index: int) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-def _filters(row: Sequence) -> bool:
-    return row.params.top_k > 0 or row.params.top_p < 1 or row.params.min_p > 0
+def _best(logits: mx.array) -> mx.array:
+    tokens = mx.argmax(logits, axis=-1, keepdims=True)
+    best = mx.take_along_axis(logits, tokens, axis=-1)
+    return mx.where(mx.abs(best) < mx.inf, tokens.astype(mx.int32), NO_TOKEN)[:, 0]
 
 
-def _edits(row: Sequence) -> bool:
-    params = row.params
-    penalised = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
-    return penalised or bool(params.logit_bias) or params.min_tokens > len(row.emitted)
+def _uniforms(rows: DrawRows, offsets: mx.array) -> mx.array:
+    """[n, UNIFORMS] in [0, 1), from each row's key and output position alone."""
+    positions = (offsets[rows.row] - rows.origin).astype(mx.uint32)
+    keys = mx.stack([rows.key[:, 0], rows.key[:, 1] + positions], axis=1)
+    return mx.vmap(lambda key: mx.random.uniform(shape=(UNIFORMS,), key=key))(keys)
 
 
-def _draw_rows(rows: Rows, vocab_size: int) -> DrawRows:
-    values = np.zeros((len(rows), 4), np.float32)
-    keys = np.zeros((len(rows), 2), np.uint32)
-    values[:, 1:] = (vocab_size, 1, 0)
-    for at, row in enumerate(rows):
-        if row is not None:
-            params = row.params
-            temperature = 0.0 if params.is_greedy else max(params.temperature, _COLDEST)
-            values[at] = (temperature, params.top_k or vocab_size, params.top_p, params.min_p)
-            keys[at] = row_key(params.seed, row.index)
+def _candidates(params: SamplingParams, vocab_size: int) -> int:
+    """How many of the best tokens a row looks at; by its own top_k only, so that its draws depend on nobody else."""
+    if not 0 < params.top_k < vocab_size:
+        return 0
+    return next((count for count in _CANDIDATE_COUNTS if params.top_k <= count < vocab_size), vocab_size)
+
+
+def _grouped(placed: Items[_Placed], vocab_size: int) -> list[tuple[int, list[_Placed]]]:
+    """Rows by candidate count; in each group first those with a top_p, and those with XTC side by side."""
+    order = {(True, False): 0, (True, True): 1, (False, True): 2, (False, False): 3}
+    groups: dict[int, list[_Placed]] = {}
+    for one in sorted(placed, key=lambda one: order[_has_nucleus(one.params), _has_xtc(one.params)]):
+        groups.setdefault(_candidates(one.params, vocab_size), []).append(one)
+    return sorted(groups.items())
+
+
+def _group_of(candidates: int, members: Items[_Placed]) -> Group:
+    with_xtc = [at for at, one in enumerate(members) if _has_xtc(one.params)]
+    return Group(
+        rows=len(members),
+        candidates=candidates,
+        top_k=candidates > 0,
+        min_p=any(one.params.min_p > 0 for one in members),
+        nucleus=sum(_has_nucleus(one.params) for one in members),
+        xtc_start=with_xtc[0] if with_xtc else 0,
+        xtc_stop=with_xtc[-1] + 1 if with_xtc else 0,
+    )
+
+
+def _has_nucleus(params: SamplingParams) -> bool:
+    return params.top_p < 1
+
+
+def _has_xtc(params: SamplingParams) -> bool:
+    return params.xtc_probability > 0
+
+
+def _draw_rows(
+    batch_rows: int, greedy: Items[_Placed], drawing: Items[_Placed], edited: Items[_Placed], vocab_size: int
+) -> DrawRows:
+    source = np.arange(batch_rows, dtype=np.int32)
+    source[[one.row for one in edited]] = batch_rows + np.arange(len(edited))
+    place = np.zeros(batch_rows, np.int32)
+    everyone = [one.row for one in (*greedy, *drawing)]
+    place[everyone] = np.arange(len(everyone))
+    values = np.array([_numbers(one.params, vocab_size) for one in drawing], np.float32).reshape(-1, 6)
+    scale, top_k, top_p, min_p, xtc_probability, xtc_threshold = mx.array(values).split(6, axis=1)
+    keys = [row_key(one.params.seed, one.sequence.index) for one in drawing]
     return DrawRows(
-        temperature=mx.array(values[:, 0]),
-        key=mx.array(keys),
-        origin=_origins(rows),
-        top_k=mx.array(values[:, 1]),
-        top_p=mx.array(values[:, 2]),
-        min_p=mx.array(values[:, 3]),
+        source=mx.array(source[everyone]),
+        place=mx.array(place),
+        row=mx.array([one.row for one in drawing], dtype=mx.int32),
+        origin=mx.array([len(one.sequence.prompt_ids) - 1 for one in drawing], dtype=mx.int32),
+        key=mx.array(np.array(keys, np.uint32).reshape(-1, 2)),
+        scale=scale,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        xtc_probability=xtc_probability,
+        xtc_threshold=xtc_threshold,
+        guard=_guards([one for one in drawing if _has_xtc(one.params)], vocab_size),
     )
 
 
-def _edit_rows(rows: Rows, vocab_size: int) -> EditRows:
-    values = np.zeros((len(rows), 3), np.float32)
-    values[:, 0] = 1
-    min_tokens = np.zeros(len(rows), np.int32)
-    bias = np.zeros((len(rows), vocab_size), np.float32)
-    banned, prompted = np.zeros((2, len(rows), vocab_size), np.uint8)
-    counts = np.zeros((len(rows), vocab_size), np.int32)
-    for at, row in enumerate(rows):
-        if row is None or not _edits(row):
-            continue
-        params = row.params
-        values[at] = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
-        min_tokens[at] = params.min_tokens
-        for token, value in params.logit_bias.items():
-            bias[at, token] = value
-        banned[at, [token for token in row.stop_ids if token < vocab_size]] = True
-        prompted[at, list(row.prompt_ids)] = True
-        np.add.at(counts[at], row.emitted, 1)
-    return EditRows(
-        repetition=mx.array(values[:, 0]),
-        presence=mx.array(values[:, 1]),
-        frequency=mx.array(values[:, 2]),
-        origin=_origins(rows),
-        min_tokens=mx.array(min_tokens),
-        bias=mx.array(bias),
-        banned=mx.array(banned).astype(mx.bool_),
-        prompted=mx.array(prompted).astype(mx.bool_),
-        counts=mx.array(counts),
+def _numbers(params: SamplingParams, vocab_size: int) -> tuple[float, ...]:
+    return (
+        math.log2(math.e) / max(params.temperature, _COLDEST),
+        params.top_k or vocab_size,
+        params.top_p,
+        params.min_p,
+        params.xtc_probability,
+        params.xtc_threshold,
     )
 
 
-def _origins(rows: Rows) -> mx.array:
-    return mx.array([0 if row is None else len(row.prompt_ids) - 1 for row in rows], dtype=mx.int32)
+def _guards(placed: Items[_Placed], vocab_size: int) -> mx.array:
+    """Tokens that XTC never excludes: those that end the row, or it would run on."""
+    guard = np.zeros((len(placed), vocab_size), np.uint8)
+    for at, one in enumerate(placed):
+        guard[at, [token for token in one.sequence.stop_ids if token < vocab_size]] = True
+    return mx.array(guard).astype(mx.bool_)

@@ -20,7 +20,7 @@ from workers.engine.model_runner import ModelRunner
 from workers.engine.page_store import PageStore
 from workers.engine.page_table import PageTable
 from workers.engine.prefix_cache import PrefixCache
-from workers.engine.sampler import Sampling, Variant, build_sampling
+from workers.engine.sampler import Sampling, build_sampling
 from workers.engine.sequence import Sequence
 from workers.engine.slot_cache import LayerShape, SlotCache, zeros
 from workers.engine.slot_layout import Change, SlotLayout
@@ -28,7 +28,6 @@ from workers.engine.slot_plan import SMALLEST_CAPACITY, Shape, capacity_bucket, 
 
 _PREFILL_GROUP_ROWS = 8
 _WARM_CAPACITY, _WARM_SLOT_TOKENS = 256, 4096
-_WARM_VARIANT = Variant(draws=True, filters=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +231,7 @@ class SlotLane:
 
     def _warm_step(self, shapes: tuple[Shape, ...]) -> None:
         blank = mx.zeros(sum(shape.rows for shape in shapes), mx.int32)
-        sampling = build_sampling([None] * blank.size, self._sizes.vocab_size, _WARM_VARIANT)
+        sampling = build_sampling([None] * blank.size, self._sizes.vocab_size)
         out = self._runner.decode(blank, blank, blank, [zeros(self._shapes, *shape) for shape in shapes], sampling)
         mx.eval(out.tokens, out.groups)
 
@@ -241,4 +240,4 @@ def _ask_logprobs(rows: Items[tuple[int, Sequence]], logits: mx.array, tokens: m
     asking = [(row, sequence.params.top_logprobs) for row, sequence in rows if sequence.params.logprobs]
     if not asking:
         return None
-    return launch_logprobs(logits, tokens, [row for row, _ in asking], max(1, *(top for _, top in asking)))
+    return launch_logprobs(logits, tokens, [row for row, _ in asking], max(top for _, top in asking))
