@@ -82,6 +82,8 @@ class NewBatch:
     output_expires_after_s: int | None = None
     metadata: dict[str, str] = field(default_factory=dict[str, str])
     webhook_id: str | None = None
+    idempotency_key: str | None = None
+    body_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)

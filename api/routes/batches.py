@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -12,6 +13,7 @@ from api.body import read_body
 from api.named_webhook import named_webhook
 from api.protocols.openai_batch import BatchCall, batch_body, parse_batch
 from api.protocols.parameters import BadParameter
+from api.request_headers import body_digest, read_idempotency_key
 from api.responses import json_response
 from api.routes.files import BATCH, find_file
 from api.routes.models import read_limit
@@ -28,16 +30,21 @@ router = APIRouter()
 
 @router.post("/v1/batches")
 async def create_batch(request: Request, caller: Caller) -> Response:
-    """Accept a batch; its lines are judged by the scheduler."""
+    """Accept a batch; its lines are judged by the scheduler. A repeated Idempotency-Key is answered by its batch."""
     services: Services = request.app.state.services
     body = await read_body(request, services.settings.max_body_bytes)
     call = parse_batch(body, services.dialect.endpoints)
-    await _check_file(services, caller, call.input_file_id)
-    webhook_id = await named_webhook(services, caller, call.webhook)
-    now_ms = int(time.time() * 1000)
-    batch = await services.batches.create(_new_batch(caller.tenant, call, webhook_id, now_ms), now_ms)
-    await services.kick(EXPAND_BATCH, batch.id)
-    return json_response(batch_body(batch, batch.counts))
+    key = read_idempotency_key(request.headers)
+    digest = "" if key is None else body_digest(body)
+    # An earlier batch answers also when its input file or its webhook is gone.
+    batch = None if key is None else await services.batches.answering(caller.tenant, key, digest)
+    if batch is None:
+        await _check_file(services, caller, call.input_file_id)
+        webhook_id = await named_webhook(services, caller, call.webhook)
+        new = _new_batch(caller.tenant, call, webhook_id, now_ms := int(time.time() * 1000))
+        batch = await services.batches.create(replace(new, idempotency_key=key, body_digest=digest), now_ms)
+        await services.kick(EXPAND_BATCH, batch.id)
+    return json_response(batch_body(batch, await _counts(services, batch)))
 
 
 @router.get("/v1/batches")

@@ -15,12 +15,15 @@ from sqlmodel import col, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 
 from scheduler.batch import MOVES, BatchRecord, BatchStatus, LineCounts, LineError, NewBatch, new_batch_id
-from scheduler.db.durable_rows import Stage
+from scheduler.db.durable_rows import Stage, idempotency_of
+from scheduler.db.jobs import insert_for
 from scheduler.db.models import Batch, DurableJob
 from scheduler.db.session import Database
+from scheduler.errors import IdempotencyMismatch
 from scheduler.request import Usage
 
 OPEN = [status.value for status in BatchStatus if not status.is_terminal]
+WITHOUT_SUCCESS = [BatchStatus.FAILED.value, BatchStatus.EXPIRED.value, BatchStatus.CANCELLED.value]
 
 Also = Callable[[AsyncSession], Awaitable[None]]
 
@@ -32,24 +35,24 @@ class BatchStore:
         self._database = database
 
     async def create(self, new: NewBatch, now_ms: int) -> BatchRecord:
-        """Accept a batch; its file is read later."""
-        row = Batch(
-            id=new_batch_id(now_ms),
-            tenant=new.tenant,
-            endpoint=new.endpoint,
-            status=BatchStatus.VALIDATING.value,
-            input_file_id=new.input_file_id,
-            completion_window=new.completion_window,
-            output_expires_after_s=new.output_expires_after_s,
-            details=msgspec.json.encode(new.metadata).decode(),
-            webhook_id=new.webhook_id,
-            created_ms=now_ms,
-            expires_ms=new.expires_ms,
-        )
+        """Accept a batch, whose file is read later; or the earlier one that answers its Idempotency-Key.
+
+        Raises IdempotencyMismatch where the key was used with another body.
+        """
+        row, found = _row(new, now_ms), None
         async with self._database.session() as session:
-            session.add(row)
+            while found is None:  # once more where the batch with this key lets go of it in between
+                found = await _insert(session, row)
             await session.commit()
-        return _record(row)
+        return _record(found)
+
+    async def answering(self, tenant: str, key: str, body_digest: str) -> BatchRecord | None:
+        """The batch that answers this Idempotency-Key already. Raises IdempotencyMismatch."""
+        hashed = idempotency_of(tenant, key)
+        assert hashed is not None
+        async with self._database.session() as session:
+            row = await _of_key(session, hashed, body_digest)
+        return None if row is None or row.status in WITHOUT_SUCCESS else _record(row)
 
     async def get(self, batch_id: str) -> BatchRecord | None:
         async with self._database.session() as session:
@@ -106,6 +109,49 @@ class BatchStore:
 def encode_errors(errors: Sequence[LineError]) -> str:
     """As the column `errors` keeps them."""
     return msgspec.json.encode(errors).decode()
+
+
+def _row(new: NewBatch, now_ms: int) -> Batch:
+    return Batch(
+        id=new_batch_id(now_ms),
+        tenant=new.tenant,
+        endpoint=new.endpoint,
+        status=BatchStatus.VALIDATING.value,
+        input_file_id=new.input_file_id,
+        completion_window=new.completion_window,
+        output_expires_after_s=new.output_expires_after_s,
+        details=msgspec.json.encode(new.metadata).decode(),
+        webhook_id=new.webhook_id,
+        idempotency=idempotency_of(new.tenant, new.idempotency_key),
+        body_digest=new.body_digest,
+        created_ms=now_ms,
+        expires_ms=new.expires_ms,
+    )
+
+
+async def _insert(session: AsyncSession, row: Batch) -> Batch | None:
+    """The row, or the one that has its key."""
+    if row.idempotency is not None:
+        await _free_key(session, row.idempotency, row.body_digest)
+    insert = insert_for(session)(Batch).on_conflict_do_nothing(index_elements=["idempotency"])
+    if (await (await session.connection()).execute(insert, [row.model_dump()])).rowcount == 1:
+        return row
+    assert row.idempotency is not None, "an id is random, and nothing else is unique"
+    return await _of_key(session, row.idempotency, row.body_digest)
+
+
+async def _of_key(session: AsyncSession, key: str, body_digest: str) -> Batch | None:
+    row = (await session.exec(select(Batch).where(Batch.idempotency == key))).first()
+    if row is not None and row.body_digest != body_digest:
+        raise IdempotencyMismatch(f"This Idempotency-Key was used with another body ({row.id}); use a new key")
+    return row
+
+
+async def _free_key(session: AsyncSession, key: str, body_digest: str) -> None:
+    """The key of a batch that ended without success is free for the same body: it may be tried anew."""
+    same = (col(Batch.idempotency) == key, col(Batch.body_digest) == body_digest)
+    free = update(Batch).where(*same, col(Batch.status).in_(WITHOUT_SUCCESS)).values(idempotency=None)
+    await session.exec(free.execution_options(synchronize_session=False))
 
 
 def _record(row: Batch) -> BatchRecord:

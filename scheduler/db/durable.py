@@ -197,7 +197,7 @@ class DurableStore:
 async def _free_keys(session: AsyncSession, new: Sequence[NewDurable]) -> None:
     """The Idempotency-Key of a job that ended without success is free for the same body: it may be tried anew."""
     for job in new:
-        key = idempotency_of(job)
+        key = idempotency_of(job.tenant, job.idempotency_key)
         if key is None:
             continue
         failed = (col(DurableJob.stage) == Stage.DONE.value, col(DurableJob.state) != JobState.SUCCEEDED.value)
@@ -215,7 +215,7 @@ async def _insert(session: AsyncSession, new: Sequence[NewDurable]) -> set[str]:
 
 
 async def _earlier(session: AsyncSession, job: NewDurable) -> Accepted:
-    key = idempotency_of(job)
+    key = idempotency_of(job.tenant, job.idempotency_key)
     same_key = col(DurableJob.idempotency) == key if key is not None else None
     same = col(DurableJob.id) == job.id
     found = await session.exec(

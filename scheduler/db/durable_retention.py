@@ -1,4 +1,4 @@
-"""What may go of durable jobs: old ones with request and answer, lines of removed batches, used Idempotency-Keys.
+"""What may go of durable jobs: old ones with request and answer, lines of removed batches; used Idempotency-Keys.
 
 The pruner calls it step by step, as each step keeps other writers waiting.
 """
@@ -43,15 +43,17 @@ class DurableRetention:
         return await self._remove(limit, col(DurableJob.batch_id) == batch_id)
 
     async def forget_keys(self, before_ms: int, limit: int) -> int:
-        """Idempotency-Keys of jobs accepted before then may be used anew."""
-        # Not "is not null": a range lets SQLite read the index instead of the whole table.
-        used = (col(DurableJob.idempotency) > "", col(DurableJob.created_ms) < before_ms)
-        some = select(DurableJob.id).where(*used).limit(limit)
-        forget = update(DurableJob).where(col(DurableJob.id).in_(some)).values(idempotency=None)
+        """Idempotency-Keys of jobs and batches accepted before then may be used anew."""
+        found = 0
         async with self._database.session() as session:
-            result = await session.exec(forget.execution_options(synchronize_session=False))
+            for table in (DurableJob, Batch):
+                # Not "is not null": a range lets SQLite read the index instead of the whole table.
+                used = (col(table.idempotency) > "", col(table.created_ms) < before_ms)
+                some = select(table.id).where(*used).limit(limit)
+                forget = update(table).where(col(table.id).in_(some)).values(idempotency=None)
+                found += (await session.exec(forget.execution_options(synchronize_session=False))).rowcount
             await session.commit()
-        return result.rowcount
+        return found
 
     async def _remove(self, limit: int, *which: ColumnElement[bool]) -> int:
         some = select(DurableJob.id).where(*which).limit(limit)

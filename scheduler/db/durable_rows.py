@@ -150,7 +150,7 @@ def values_of(new: NewDurable) -> dict[str, Any]:
         "created_ms": new.created_ms,
         "not_before_ms": order_ms,
         "deadline_ms": new.deadline_ms,
-        "idempotency": idempotency_of(new),
+        "idempotency": idempotency_of(new.tenant, new.idempotency_key),
         "body_digest": new.body_digest,
         "webhook_id": new.webhook_id,
         "schedule_id": new.schedule_id,
@@ -166,8 +166,6 @@ def values_of(new: NewDurable) -> dict[str, Any]:
     }
 
 
-def idempotency_of(new: NewDurable) -> str | None:
+def idempotency_of(tenant: str, key: str | None) -> str | None:
     """One tenant's Idempotency-Key; hashed, so that its length and content are ours."""
-    if new.idempotency_key is None:
-        return None
-    return hashlib.sha256(f"{len(new.tenant)}:{new.tenant}{new.idempotency_key}".encode()).hexdigest()
+    return None if key is None else hashlib.sha256(f"{len(tenant)}:{tenant}{key}".encode()).hexdigest()

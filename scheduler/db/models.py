@@ -144,6 +144,8 @@ class Batch(Table, table=True):
     details: str = Field(default="{}", sa_type=Text)  # the client's metadata, JSON
     errors: str | None = Field(default=None, sa_type=Text)  # of the validation, JSON list
     webhook_id: str | None = Field(default=None, max_length=40)
+    idempotency: str | None = Field(default=None, max_length=64, unique=True)  # hash of tenant and key
+    body_digest: str = Field(default="", max_length=64)
     total: int = 0  # lines, once all of them are known to be good
     completed: int = 0  # this and the tokens: from the end on, as the lines are removed earlier than the batch
     failed: int = 0

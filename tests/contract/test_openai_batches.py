@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -267,3 +268,22 @@ def test_lines_beyond_the_window_in_the_queue_each_end_once(client: OpenAI) -> N
     batch = ended(client, batch, within_s=60)
     found = read(client, batch.output_file_id)
     assert {name: text_of(entry) for name, entry in found.items()} == {f"n{n}": f"{n} " for n in range(500)}
+
+
+def test_a_repeated_idempotency_key_is_answered_by_its_batch(client: OpenAI) -> None:
+    key = {"Idempotency-Key": "night-1"}
+    file = client.files.create(file=("in.jsonl", jsonl([line("a", "x")])), purpose="batch")
+    asked: dict[str, Any] = {"input_file_id": file.id, "endpoint": CHAT, "completion_window": "24h"}
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(client.batches.create, **asked, extra_headers=key) for _ in range(8)]
+        made = {call.result().id for call in calls}
+    assert len(made) == 1
+    done = ended(client, client.batches.retrieve(made.pop()))
+    client.files.delete(file.id)
+    again = client.batches.create(**asked, extra_headers=key)
+    assert (again.id, again.status, count(again)) == (done.id, "completed", (1, 1, 0))
+    with pytest.raises(openai.UnprocessableEntityError) as caught:
+        client.batches.create(**asked, metadata={"other": "body"}, extra_headers=key)
+    assert (caught.value.code, caught.value.type) == ("idempotency_key_reused", "invalid_request_error")
+    with pytest.raises(openai.BadRequestError):
+        client.batches.create(**asked, extra_headers={"Idempotency-Key": "two words"})

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from scheduler.batch import NewBatch
+from scheduler.db.batches import BatchStore
 from scheduler.db.durable import DurableStore, NewDurable, Stage
 from scheduler.db.durable_ends import CANCELLED
 from scheduler.db.durable_outcomes import DurableEnd, DurableOutcomes
@@ -191,3 +193,13 @@ async def test_an_idempotency_key_lasts_a_day(store: DurableStore, database: Dat
     assert (await store.accept([replace(first, id=again.id)]))[0].job_id == first.id
     await prune_durable_jobs(retention, settings, NOW_MS + DAY_MS + 1)
     assert (await store.accept([again]))[0].created
+
+
+async def test_an_idempotency_key_of_a_batch_lasts_a_day(database: Database, settings: Settings) -> None:
+    batches, retention = BatchStore(database), DurableRetention(database)
+    new = NewBatch("ann", "/v1/chat/completions", "file-1", "24h", NOW_MS + 1, idempotency_key="k", body_digest="a")
+    first = await batches.create(new, NOW_MS)
+    await prune_durable_jobs(retention, settings, NOW_MS + DAY_MS)
+    assert (await batches.create(new, NOW_MS + 1)).id == first.id
+    await prune_durable_jobs(retention, settings, NOW_MS + DAY_MS + 1)
+    assert (await batches.create(replace(new, body_digest="b"), NOW_MS + 2)).id != first.id
