@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager
 from http import HTTPStatus
 
 import uvloop
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from starlette.exceptions import HTTPException
 
 from api import server
@@ -18,7 +18,7 @@ from api.drain import Drain
 from api.errors import plain_problem, problem_of
 from api.host_guard import HostGuard
 from api.metrics import ApiMetrics
-from api.protocols.parameters import BadParameter
+from api.protocols.parameters import BadParameter, check_text
 from api.request_trace import RequestTrace
 from api.responses import problem_response
 from api.routes import (
@@ -39,6 +39,7 @@ from api.routes import (
 from api.services import open_services
 from scheduler import telemetry
 from scheduler.db.schema import migrate
+from scheduler.db.session import is_unstorable
 from scheduler.errors import CapacityError, SpillwayError
 from scheduler.settings import Settings
 from scheduler.telemetry import get_logger
@@ -58,7 +59,13 @@ def create_app(settings: Settings) -> FastAPI:
             yield
 
     app = FastAPI(
-        lifespan=lifespan, title="Spillway", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+        lifespan=lifespan,
+        title="Spillway",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        dependencies=[Depends(check_url_text)],
     )
     app.state.drain = drain
     app.add_middleware(HostGuard, settings=settings)
@@ -81,6 +88,12 @@ def serve(settings: Settings) -> None:
         runner.run(server.run(create_app(settings), settings))
 
 
+async def check_url_text(request: Request) -> None:
+    """Ids and filters in a URL go to SQL and Redis, of which PostgreSQL takes no NUL. Raises BadParameter."""
+    for name, text in (*request.path_params.items(), *request.query_params.multi_items()):
+        check_text(name.replace("\0", "")[:64], name + text)
+
+
 async def _answer_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, SpillwayError)
     return problem_response(problem_of(error))
@@ -88,6 +101,8 @@ async def _answer_error(_request: Request, error: Exception) -> Response:
 
 async def _answer_database_error(_request: Request, error: Exception) -> Response:
     log.error("the database failed", error=str(error).partition("\n")[0])
+    if isinstance(error, DBAPIError) and is_unstorable(error):
+        return problem_response(problem_of(BadParameter("The database cannot store a value of this request.")))
     return problem_response(problem_of(CapacityError("The database cannot be read now.")))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from api.protocols.native_job import read_priority_name, unix_ms
-from api.protocols.parameters import BadParameter, check_length
+from api.protocols.parameters import BadParameter, check_text
 from scheduler.db.job_listing import JobFilter
 from scheduler.job import JobState, shard_of
 
@@ -17,7 +17,7 @@ _MS_DIGITS = 11  # of the time in a job's id, hexadecimal
 def read_filter(query: Mapping[str, str], shard: str, tenant: str | None) -> JobFilter:
     """Raises BadParameter. `state` may be several, with commas; `after` is the id of the last job seen."""
     for name, text in query.items():
-        check_length(name, text, MAX_CHARS)
+        check_text(name, text, MAX_CHARS)
     first_ms = _created("created_after", query)
     before_ms = _created("created_before", query)
     limits = [f"job-{shard}-{'f' * _MS_DIGITS}g"]  # above all ids

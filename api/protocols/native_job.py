@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from api.protocols.parameters import BadParameter, check_length, check_range, decode_fields, decode_struct
+from api.protocols.parameters import BadParameter, check_range, check_text, decode_fields, decode_struct
 from scheduler.job import Priority
 
 DEFAULT_ENDPOINT = "/v1/chat/completions"
@@ -63,7 +63,7 @@ def parse_job(body: bytes, now_ms: int) -> JobCall:
     deadline_ms = _read_moment("deadline", wire.deadline, "deadline_ms", wire.deadline_ms, now_ms)
     _check_order(not_before_ms, deadline_ms, now_ms, "deadline" if wire.deadline_ms is None else "deadline_ms")
     if wire.webhook is not None:
-        check_length("webhook", wire.webhook, MAX_WEBHOOK_CHARS)
+        check_text("webhook", wire.webhook, MAX_WEBHOOK_CHARS)
     return JobCall(
         endpoint=DEFAULT_ENDPOINT if wire.endpoint is None else wire.endpoint,
         body=_read_body(wire.body),
@@ -101,8 +101,8 @@ def read_metadata(metadata: dict[str, str] | None) -> dict[str, str]:
             reason="object_above_max_properties",
         )
     for key, value in metadata.items():
-        check_length("metadata", key, MAX_METADATA_KEY)
-        check_length(f"metadata.{key}", value, MAX_METADATA_VALUE)
+        check_text("metadata", key, MAX_METADATA_KEY)
+        check_text(f"metadata.{key}", value, MAX_METADATA_VALUE)
     return metadata
 
 

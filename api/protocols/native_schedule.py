@@ -14,7 +14,7 @@ from api.protocols.native_job import (
     read_metadata,
     read_priority_name,
 )
-from api.protocols.parameters import BadParameter, check_length, check_range
+from api.protocols.parameters import BadParameter, check_range, check_text
 from scheduler.job import Priority
 from scheduler.timetable import BadTimetable, next_turn_ms
 
@@ -103,11 +103,11 @@ def first_turn(cron: str, timezone: str, now_ms: int) -> int:
 
 
 def _check(wire: WireSchedule) -> None:
-    check_length("name", wire.name, MAX_NAME_CHARS)
-    check_length("cron", wire.cron, MAX_CRON_CHARS)
+    check_text("name", wire.name, MAX_NAME_CHARS)
+    check_text("cron", wire.cron, MAX_CRON_CHARS)
     check_range("deadline_after_ms", wire.deadline_after_ms, 1, MAX_AFTER_MS)
     if wire.webhook is not None:
-        check_length("webhook", wire.webhook, MAX_WEBHOOK_CHARS)
+        check_text("webhook", wire.webhook, MAX_WEBHOOK_CHARS)
     if not bytes(wire.body).startswith(b"{"):
         message = "Invalid type for 'body': expected an object, the request as the endpoint takes it."
         raise BadParameter(message, param="body", reason="invalid_type")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import msgspec
 
 from api.protocols.native_job import decode_strict
-from api.protocols.parameters import BadParameter, check_length
+from api.protocols.parameters import BadParameter, check_text
 from scheduler.event_types import EVENT_TYPES, TEST_EVENT
 
 MAX_NAME_CHARS = 128
@@ -75,7 +75,7 @@ def parse_test(body: bytes) -> str:
 
 def _check(name: str | None, event_types: Sequence[str] | None) -> None:
     if name is not None:
-        check_length("name", name, MAX_NAME_CHARS)
+        check_text("name", name, MAX_NAME_CHARS)
         if any(ord(character) < 32 or ord(character) == 127 for character in name):
             raise BadParameter("'name' holds a control character.", param="name", reason="invalid_value")
     if event_types is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from api.protocols.native_job import read_metadata
-from api.protocols.parameters import BadParameter, check_length, check_range, decode_fields, decode_struct
+from api.protocols.parameters import BadParameter, check_range, check_text, decode_fields, decode_struct
 from scheduler.batch import BatchRecord, LineCounts
 
 MAX_WEBHOOK_CHARS = 2048
@@ -53,12 +53,13 @@ def parse_batch(body: bytes, endpoints: frozenset[str]) -> BatchCall:
     """The submission in `body`; `endpoints` are those whose requests may be lines. Raises BadParameter."""
     decode_fields(body)
     wire = decode_struct(body, WireBatch)
+    check_text("input_file_id", wire.input_file_id)
     if wire.endpoint not in endpoints:
         known = ", ".join(f"'{name}'" for name in sorted(endpoints))
         message = f"Invalid 'endpoint': '{wire.endpoint[:64]}' is not supported in batches. Supported: {known}."
         raise BadParameter(message, param="endpoint", reason="invalid_value")
     if wire.webhook is not None:
-        check_length("webhook", wire.webhook, MAX_WEBHOOK_CHARS)
+        check_text("webhook", wire.webhook, MAX_WEBHOOK_CHARS)
     expiry = wire.output_expires_after
     return BatchCall(
         input_file_id=wire.input_file_id,

@@ -16,6 +16,7 @@ from api.protocols.parameters import (
     check_length,
     check_range,
     check_storable,
+    check_text,
     decode_fields,
     decode_struct,
 )
@@ -126,7 +127,7 @@ def parse_chat(body: bytes, fallback_seed: int) -> ChatCall:
         check_range(name, getattr(wire, name), low, high)
     if wire.model == "":
         raise BadParameter("'model' must not be empty.", param="model", reason="invalid_value")
-    check_length("model", wire.model, MAX_MODEL_CHARS)
+    check_text("model", wire.model, MAX_MODEL_CHARS)
     template_kwargs = {} if wire.chat_template_kwargs is None else wire.chat_template_kwargs
     check_storable("chat_template_kwargs", template_kwargs)
     request = InferenceRequest(

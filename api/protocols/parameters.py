@@ -112,6 +112,14 @@ def check_length(param: str, text: str, longest: int) -> None:
         raise BadParameter(message, param=param, reason="string_above_max_length")
 
 
+def check_text(param: str, text: str, longest: int | None = None) -> None:
+    """Raise BadParameter where `text` is too long, or holds what text in SQL and in headers cannot: NUL."""
+    if longest is not None:
+        check_length(param, text, longest)
+    if "\0" in text:
+        raise BadParameter(f"Invalid '{param}': it holds a NUL character.", param=param, reason="invalid_value")
+
+
 def check_storable(param: str, value: object) -> None:
     """Raise BadParameter where JSON that is kept as it came is nested too deeply or holds integers over 64 bits."""
     for depth, leaf in _leaves(value):

@@ -13,7 +13,7 @@ from api.auth import Principal
 from api.body import read_body
 from api.job_lookup import Caller, check_query
 from api.job_retry import retry_job
-from api.protocols.parameters import BadParameter, check_length, check_range, decode_fields, decode_struct
+from api.protocols.parameters import BadParameter, check_range, check_text, decode_fields, decode_struct
 from api.responses import json_response
 from api.routes.models import read_limit
 from api.services import Services
@@ -130,7 +130,7 @@ async def _read_replay(request: Request) -> WireReplay:
     wire = decode_struct(body, WireReplay)
     check_range("limit", wire.limit, 1, MAX_LIMIT)
     for name, text in (("pool", wire.pool), ("code", wire.code)):
-        check_length(name, text or "", 256)
+        check_text(name, text or "", 256)
     return wire
 
 

@@ -11,7 +11,7 @@ from api.auth import require_principal
 from api.body import read_body
 from api.errors import PoolNotFound
 from api.protocols.native_job import read_priority_name
-from api.protocols.parameters import BadParameter, check_length, decode_fields, decode_struct
+from api.protocols.parameters import BadParameter, check_text, decode_fields, decode_struct
 from api.responses import json_response
 from api.services import Services
 from scheduler.job import Priority
@@ -72,7 +72,7 @@ async def _read(request: Request) -> tuple[Services, str, Priority | None]:
         if name not in WireHold.__struct_fields__:
             raise BadParameter(f"Unknown parameter: '{name[:64]}'.", param=name[:64], reason="unknown_parameter")
     wire = decode_struct(body, WireHold)
-    check_length("pool", wire.pool, MAX_POOL_CHARS)
+    check_text("pool", wire.pool, MAX_POOL_CHARS)
     priority = None if wire.priority is None else read_priority_name(wire.priority)
     known = sorted({queue.pool for queue in await services.queue.queues()})
     if wire.pool not in known:

@@ -119,5 +119,14 @@ def _is_disk_full(cause: BaseException, folder: Path | None) -> bool:
 
 def is_about_a_value(error: DBAPIError) -> bool:
     """Data and integrity errors: trying again changes nothing. asyncpg's are told by their SQLSTATE alone."""
+    return is_unstorable(error) or isinstance(error, IntegrityError) or _sqlstate_class(error) == "23"
+
+
+def is_unstorable(error: DBAPIError) -> bool:
+    """Data errors: a value that no column takes, such as text with a NUL on PostgreSQL."""
+    return isinstance(error, DataError) or _sqlstate_class(error) == "22"
+
+
+def _sqlstate_class(error: DBAPIError) -> str:
     code = getattr(error.orig, "sqlstate", None)
-    return isinstance(error, DataError | IntegrityError) or (isinstance(code, str) and code[:2] in ("22", "23"))
+    return code[:2] if isinstance(code, str) else ""
