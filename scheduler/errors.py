@@ -6,8 +6,8 @@
     │                              JobNotFound, JobConflict, IdempotencyMismatch, AuthenticationRequired, Forbidden,
     │                              FileNotFound, BatchNotFound, BatchConflict, WebhookNotFound, WebhookConflict,
     │                              ScheduleNotFound
-    ├── CapacityError          nothing is wrong, there is no room now: QueueFull, NoModelYet, PoolDraining,
-    │                          ShuttingDown, QueueUnavailable, StorageFull, VaultLocked
+    ├── CapacityError          nothing is wrong, there is no room now: QueueFull, TooManyBatches, NoModelYet,
+    │                          PoolDraining, ShuttingDown, QueueUnavailable, StorageFull, VaultLocked
     ├── DeadlineExceeded       the job's own deadline passed; QueueTimeout: nobody came to it within the queue's TTL
     ├── JobCancelled           somebody with the right to do so ended it
     └── WorkerError            the worker is at fault: EngineFailure (this row), WorkerLost (crash), InternalError
@@ -127,6 +127,12 @@ class CapacityError(SpillwayError):
 
 class QueueFull(CapacityError):
     code = "rate_limit_exceeded"
+
+
+class TooManyBatches(CapacityError):
+    """As many batches of the tenant are open as may be."""
+
+    code = "open_batches_limit_exceeded"
 
 
 class NoModelYet(CapacityError):

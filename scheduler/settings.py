@@ -53,6 +53,7 @@ class Settings(BaseSettings):
     batch_kv_threshold: float = Field(default=0.7, gt=0, le=1)
     queue_ttl_s: int = Field(default=24 * 3600, ge=10)
     held_jobs_cap: int = Field(default=100_000, ge=1)  # accepted jobs of one tenant that wait in SQL
+    open_batches_cap: int = Field(default=100, ge=1)  # batches of one tenant that are not at their end
     batch_window: int = Field(default=512, ge=1)  # lines of one batch that are in the queue together
 
     # Worker and engine

@@ -42,7 +42,8 @@ async def create_batch(request: Request, caller: Caller) -> Response:
         await _check_file(services, caller, call.input_file_id)
         webhook_id = await named_webhook(services, caller, call.webhook)
         new = _new_batch(caller.tenant, call, webhook_id, now_ms := int(time.time() * 1000))
-        batch = await services.batches.create(replace(new, idempotency_key=key, body_digest=digest), now_ms)
+        new = replace(new, idempotency_key=key, body_digest=digest)
+        batch = await services.batches.create(new, now_ms, services.settings.open_batches_cap)
         await services.kick(EXPAND_BATCH, batch.id)
     return json_response(batch_body(batch, await _counts(services, batch)))
 

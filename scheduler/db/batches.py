@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
-from sqlalchemy import update
+from sqlalchemy import func, update
 from sqlmodel import col, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 
@@ -19,10 +19,11 @@ from scheduler.db.durable_rows import Stage, idempotency_of
 from scheduler.db.jobs import insert_for
 from scheduler.db.models import Batch, DurableJob
 from scheduler.db.session import Database
-from scheduler.errors import IdempotencyMismatch
+from scheduler.errors import IdempotencyMismatch, TooManyBatches
 from scheduler.request import Usage
 
 OPEN = [status.value for status in BatchStatus if not status.is_terminal]
+FREE_AGAIN_S = 300.0  # a guess at when a batch ends: longer than any client would sleep
 WITHOUT_SUCCESS = [BatchStatus.FAILED.value, BatchStatus.EXPIRED.value, BatchStatus.CANCELLED.value]
 
 Also = Callable[[AsyncSession], Awaitable[None]]
@@ -34,15 +35,19 @@ class BatchStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def create(self, new: NewBatch, now_ms: int) -> BatchRecord:
+    async def create(self, new: NewBatch, now_ms: int, most_open: int | None = None) -> BatchRecord:
         """Accept a batch, whose file is read later; or the earlier one that answers its Idempotency-Key.
 
-        Raises IdempotencyMismatch where the key was used with another body.
+        Raises IdempotencyMismatch where the key was used with another body, TooManyBatches where its tenant has
+        `most_open` already that are not at their end.
         """
         row, found = _row(new, now_ms), None
         async with self._database.session() as session:
+            await _in_turn(session, new.tenant)
             while found is None:  # once more where the batch with this key lets go of it in between
                 found = await _insert(session, row)
+            if most_open is not None and found is row:
+                await _check_room(session, new.tenant, most_open)
             await session.commit()
         return _record(found)
 
@@ -127,6 +132,22 @@ def _row(new: NewBatch, now_ms: int) -> Batch:
         created_ms=now_ms,
         expires_ms=new.expires_ms,
     )
+
+
+async def _in_turn(session: AsyncSession, tenant: str) -> None:
+    """One new batch of a tenant after the other, so that their count is exact; SQLite has one writer anyway."""
+    if session.get_bind().dialect.name == "postgresql":
+        await session.exec(select(func.pg_advisory_xact_lock(func.hashtextextended(f"spillway batches {tenant}", 0))))
+
+
+async def _check_room(session: AsyncSession, tenant: str, most_open: int) -> None:
+    count = select(func.count()).where(col(Batch.tenant) == tenant, col(Batch.status).in_(OPEN))
+    if (await session.exec(count)).one() > most_open:
+        raise TooManyBatches(
+            f"{most_open} batches of yours are open already (SPILLWAY_OPEN_BATCHES_CAP); wait for one to end, or "
+            "cancel one",
+            retry_after_s=FREE_AGAIN_S,
+        )
 
 
 async def _insert(session: AsyncSession, row: Batch) -> Batch | None:

@@ -6,15 +6,17 @@ import asyncio
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from openai import OpenAI
+from openai.types import Batch
 from standardwebhooks import Webhook
 
-from scheduler.batch import BatchStatus, NewBatch
-from tests.api_stage import Stage, wait_until
+from scheduler.batch import BatchRecord, BatchStatus, NewBatch
+from tests.api_stage import Stage, running_api_alone, wait_until
 from tests.batch_stage import CHAT, count, ended, jsonl, line, read, running_batches, sdk, submit, text_of, until
 from tests.conftest import wait_until as until_async
 from tests.http_receiver import receiving
@@ -287,3 +289,21 @@ def test_a_repeated_idempotency_key_is_answered_by_its_batch(client: OpenAI) -> 
     assert (caught.value.code, caught.value.type) == ("idempotency_key_reused", "invalid_request_error")
     with pytest.raises(openai.BadRequestError):
         client.batches.create(**asked, extra_headers={"Idempotency-Key": "two words"})
+
+
+def test_too_many_open_batches_are_refused_until_one_ends(tmp_path: Path) -> None:
+    with running_api_alone(tmp_path, workers=0, open_batches_cap=2) as stage, sdk(stage) as client:
+        first, _ = (submit(client, jsonl([line("a", "x")])) for _ in range(2))
+        with pytest.raises(openai.RateLimitError) as caught:
+            submit(client, jsonl([line("a", "x")]))
+        assert (caught.value.code, caught.value.type) == ("open_batches_limit_exceeded", "rate_limit_error")
+        headers = caught.value.response.headers
+        assert (headers["retry-after"], headers["x-should-retry"]) == ("60", "false")
+        stage.call(stage.services.batches.move(_record_of(stage, first), BatchStatus.FAILED, 1))
+        assert submit(client, jsonl([line("a", "x")])).status == "validating"
+
+
+def _record_of(stage: Stage, batch: Batch) -> BatchRecord:
+    record = stage.call(stage.services.batches.get(batch.id))
+    assert record is not None
+    return record

@@ -1,4 +1,4 @@
-"""Batches in SQL: what answers an Idempotency-Key, however many ask at once."""
+"""Batches in SQL: what answers an Idempotency-Key and how many a tenant may have open, however many ask at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from scheduler.batch import BatchRecord, BatchStatus, NewBatch
 from scheduler.db.batches import BatchStore
 from scheduler.db.session import Database
-from scheduler.errors import IdempotencyMismatch
+from scheduler.errors import IdempotencyMismatch, TooManyBatches
 
 NOW_MS = 1_700_000_000_000
 NEW = NewBatch("ann", "/v1/chat/completions", "file-1", "24h", NOW_MS + 1, idempotency_key="k", body_digest="d")
@@ -73,3 +73,22 @@ async def test_one_key_at_once_makes_one_batch(store: BatchStore) -> None:
     made = await asyncio.gather(*(store.create(NEW, NOW_MS + n) for n in range(8)))
     assert len({batch.id for batch in made}) == 1
     assert len(await store.list(None, None, 10)) == 1
+
+
+async def test_a_tenant_has_at_most_so_many_open_batches(store: BatchStore) -> None:
+    plain = replace(NEW, idempotency_key=None, body_digest="")
+    first, keyed = await store.create(plain, NOW_MS, 2), await store.create(NEW, NOW_MS, 2)
+    with pytest.raises(TooManyBatches):
+        await store.create(plain, NOW_MS, 2)
+    assert len(await store.list("ann", None, 10)) == 2
+    assert await store.create(NEW, NOW_MS, 2) == keyed
+    await store.create(replace(plain, tenant="bob"), NOW_MS, 2)
+    await move(store, first, BatchStatus.CANCELLING, BatchStatus.CANCELLED)
+    await store.create(plain, NOW_MS, 2)
+
+
+async def test_the_last_place_is_given_once(store: BatchStore) -> None:
+    plain = replace(NEW, idempotency_key=None, body_digest="")
+    made = await asyncio.gather(*(store.create(plain, NOW_MS, 3) for _ in range(8)), return_exceptions=True)
+    assert sorted(type(one).__name__ for one in made) == ["BatchRecord"] * 3 + ["TooManyBatches"] * 5
+    assert len(await store.list(None, None, 10)) == 3
