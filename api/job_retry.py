@@ -39,7 +39,10 @@ def _check(job: KnownJob) -> None:
     if job.state is JobState.SUCCEEDED:
         raise JobConflict(f"{job.id} has succeeded; send a new job to run it again.")
     if job.view.batch_id is not None:
-        raise JobConflict(f"{job.id} is a line of {job.view.batch_id}, which has counted it; send it as a new job.")
+        raise JobConflict(
+            f"{job.id} is a line of {job.view.batch_id}, whose counts and files are not changed any more; "
+            "send its request as a new job, or in a new batch."
+        )
 
 
 def _gone(job: KnownJob) -> ResultExpired:

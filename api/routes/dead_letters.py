@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -111,9 +112,11 @@ async def _letters(
 ) -> AsyncIterator[DeadLetter]:
     for _ in range(MOST_SCANNED // PAGE):
         page = await services.queue.dead_letters(PAGE, before, pool)
+        lines = await services.durable.lines_among([letter.job_id for letter in page])
         for letter in page:
             if caller.may_see(letter.tenant) and code in (None, letter.code):
-                yield letter
+                # The batch has counted it, or will: its line is not tried again (see job_retry).
+                yield replace(letter, replayable=letter.replayable and letter.job_id not in lines)
         if len(page) < PAGE:
             return
         before = page[-1].entry_id

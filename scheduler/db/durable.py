@@ -151,6 +151,12 @@ class DurableStore:
             last = select(func.max(col(DurableJob.line))).where(col(DurableJob.batch_id) == batch_id)
             return (await session.exec(last)).one() or 0
 
+    async def lines_among(self, job_ids: Sequence[str]) -> set[str]:
+        """Those of these jobs (at most a few hundred) that are lines of a batch."""
+        line = select(col(DurableJob.id)).where(col(DurableJob.id).in_(job_ids), col(DurableJob.batch_id).is_not(None))
+        async with self._database.session() as session:
+            return set(await session.exec(line))
+
     async def counts(self, batch_id: str) -> dict[JobState, int]:
         """Lines of a batch by state; what is not over counts as queued."""
         state, number = col(DurableJob.state), func.count()
