@@ -33,6 +33,9 @@ from tests.queue_cases import (
 )
 from tests.redis_proxy import RedisProxy, redis_proxy
 
+KEEP_MS = 60_000
+DEAD = Outcome(JobState.FAILED, b"", error_code="engine_failure", error_message="x", dead=True)
+
 
 @pytest.fixture
 async def proxy(redis_url: str) -> AsyncIterator[RedisProxy]:
@@ -164,12 +167,55 @@ async def test_a_lost_reply_of_pause_and_resume_changes_nothing_more(far_queue: 
 async def test_a_lost_reply_of_replay_queues_a_dead_letter_once(far_queue: JobQueue, proxy: RedisProxy) -> None:
     job_id = await enqueue(far_queue)
     job = await claim_one(far_queue)
-    dead = Outcome(JobState.FAILED, b"", error_code="engine_failure", error_message="x", dead=True)
-    assert await far_queue.finish(WORKER, job_id, job.attempt, dead)
+    assert await far_queue.finish(WORKER, job_id, job.attempt, DEAD)
     proxy.lose_next_reply()
     assert await far_queue.replay(job_id) is JobState.QUEUED
     assert proxy.lost == 1 and sum((await far_queue.depths()).values()) == 1
     assert [(job.id, job.attempt) for job in await claim(far_queue)] == [(job_id, 2)]
+
+
+async def test_a_lost_reply_of_release_shortens_lives_once(
+    far_queue: JobQueue, proxy: RedisProxy, redis: Redis
+) -> None:
+    ended, waiting = await enqueue(far_queue, durable=True), await enqueue(far_queue, durable=True)
+    job = await claim_one(far_queue)
+    assert await succeed(far_queue, job)
+    lives = [far_queue.keys.job(ended), far_queue.keys.log(ended)]
+    assert [await redis.pttl(key) > KEEP_MS for key in lives] == [True, True]
+    proxy.lose_next_reply()
+    assert await far_queue.release([(ended, job.attempt), (waiting, 1)], KEEP_MS) == 1
+    assert proxy.lost == 1
+    assert [0 < await redis.pttl(key) <= KEEP_MS for key in lives] == [True, True]
+    assert [job.id for job in await claim(far_queue)] == [waiting]
+
+
+async def test_a_release_that_comes_again_after_a_replay_takes_nothing_from_it(
+    far_queue: JobQueue, proxy: RedisProxy, redis: Redis
+) -> None:
+    job_id = await enqueue(far_queue, durable=True)
+    assert await far_queue.finish(WORKER, job_id, (await claim_one(far_queue)).attempt, DEAD)
+    proxy.lose_next_reply()
+    assert await far_queue.release([(job_id, 1)], KEEP_MS) == 1
+    assert await far_queue.replay(job_id) is JobState.QUEUED
+    assert await far_queue.release([(job_id, 1)], KEEP_MS) == 0
+    assert proxy.lost == 1 and await redis.pttl(far_queue.keys.job(job_id)) > KEEP_MS
+    again = await claim_one(far_queue)
+    assert again.attempt == 2 and await succeed(far_queue, again)
+
+
+async def test_a_lost_reply_of_discard_gives_up_that_dead_letter_only(
+    far_queue: JobQueue, proxy: RedisProxy, redis: Redis
+) -> None:
+    ids = [await enqueue(far_queue) for _ in range(2)]
+    for job in await claim(far_queue):
+        assert await far_queue.finish(WORKER, job.id, job.attempt, DEAD)
+    proxy.lose_next_reply()
+    assert not await far_queue.discard(ids[0])  # asked again, it says that there is nothing left to give up
+    assert proxy.lost == 1
+    assert [letter.job_id for letter in await far_queue.dead_letters(10)] == [ids[1]]
+    assert not await redis.exists(far_queue.keys.of("body", ids[0]))
+    assert await state_of(far_queue, ids[0]) is JobState.FAILED
+    assert await far_queue.replay(ids[1]) is JobState.QUEUED
 
 
 async def test_a_relay_over_a_line_that_keeps_breaking_shows_everything_once(
