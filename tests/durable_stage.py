@@ -94,12 +94,14 @@ class DurableStage:
         blocking = connect(self.settings, "blocking")
         recorder = Recorder(DoneLog(blocking, self.settings), self.finished, self.writer, self.queue, self.settings)
         loops = {"stager": self.stager.run, "recorder": recorder.run, "reconciler": self.reconciler.run}
-        async with asyncio.TaskGroup() as group:
-            for name in names:
-                group.create_task(loops[name](stop))
-            yield
-            stop.set()
-        await blocking.aclose()
+        try:
+            async with asyncio.TaskGroup() as group:
+                for name in names:
+                    group.create_task(loops[name](stop))
+                yield
+                stop.set()
+        finally:
+            await blocking.aclose()
 
     async def hold(self, *jobs: NewDurable) -> list[str]:
         """Accept without sending."""
