@@ -12,7 +12,7 @@ from sqlalchemy import func
 from sqlmodel import col, or_, select, update
 from sqlmodel.ext.asyncio.session import AsyncSession
 
-from scheduler.db.durable_ends import CANCELLED, End, end_held, end_open
+from scheduler.db.durable_ends import CANCELLED, End, Ended, end_held, end_open
 from scheduler.db.durable_rows import (
     Accepted,
     DurableView,
@@ -95,19 +95,19 @@ class DurableStore:
             rows = await session.exec(chosen.order_by(col(DurableJob.id).desc()).limit(limit))
             return [view_of(row) for row in rows]
 
-    async def cancel_held(self, job_id: str) -> bool:
-        """Cancel a job that is not in Redis yet. False: it is, or it is over, or unknown."""
+    async def cancel_held(self, job_id: str) -> Ended | None:
+        """Cancel a job that is not in Redis yet. None: it is, or it is over, or unknown."""
         return await self._cancel(job_id, Stage.HELD)
 
-    async def cancel_open(self, job_id: str) -> bool:
-        """Cancel a job of which Redis knows nothing (any more), sent or not. False: it is over, or unknown."""
+    async def cancel_open(self, job_id: str) -> Ended | None:
+        """Cancel a job of which Redis knows nothing (any more), sent or not. None: it is over, or unknown."""
         return await self._cancel(job_id, Stage.HELD, Stage.SENT)
 
-    async def _cancel(self, job_id: str, *stages: Stage) -> bool:
+    async def _cancel(self, job_id: str, *stages: Stage) -> Ended | None:
         async with self._database.session() as session:
             ended = await end_open(session, CANCELLED, _now_ms(), stages, col(DurableJob.id) == job_id)
             await session.commit()
-        return bool(ended)
+        return ended if ended.ids else None
 
     async def reopen(self, job_id: str, *, hold: bool = False) -> bool:
         """A job that did not succeed is tried again: call it before the retry in Redis; False: it is not over.
@@ -189,8 +189,8 @@ class DurableStore:
             async with self._database.session() as session:
                 ended = await end_held(session, end, _now_ms(), col(DurableJob.id).in_(some))
                 await session.commit()
-            total += len(ended)
-            if len(ended) < LINES_PER_STEP:
+            total += len(ended.ids)
+            if len(ended.ids) < LINES_PER_STEP:
                 return total
 
     async def ids_sent(self, batch_id: str, limit: int) -> list[str]:

@@ -29,18 +29,26 @@ class End:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Ids of the jobs that were ended, and of the webhook deliveries that follow: kick them once this is committed."""
+
+    ids: list[str]
+    deliveries: list[str]
+
+
 CANCELLED = End(JobState.CANCELLED, "cancelled", "The job was cancelled.")
 EXPIRED = End(JobState.EXPIRED, "deadline_exceeded", "The job's deadline passed before it was done.")
 
 
-async def end_held(session: AsyncSession, end: End, now_ms: int, *which: ColumnElement[bool]) -> list[str]:
-    """End those of the chosen rows that are held; their ids. Lines of a batch leave no other trace: they never ran."""
+async def end_held(session: AsyncSession, end: End, now_ms: int, *which: ColumnElement[bool]) -> Ended:
+    """End those of the chosen rows that are held. Lines of a batch leave no other trace: they never ran."""
     return await end_open(session, end, now_ms, (Stage.HELD,), *which)
 
 
 async def end_open(
     session: AsyncSession, end: End, now_ms: int, stages: Sequence[Stage], *which: ColumnElement[bool]
-) -> list[str]:
+) -> Ended:
     """The same for rows of these stages; nobody may run what is ended as `sent`."""
     ended = await session.exec(
         update(DurableJob)
@@ -68,8 +76,8 @@ async def end_open(
     )
     rows = ended.all()
     jobs = [_view(row, end, now_ms) for row in rows if row.batch_id is None]
-    await settle(session, jobs, {row.id: row.webhook_id for row in rows})
-    return [row.id for row in rows]
+    deliveries = await settle(session, jobs, {row.id: row.webhook_id for row in rows})
+    return Ended([row.id for row in rows], deliveries)
 
 
 async def settle(session: AsyncSession, jobs: Sequence[JobView], webhooks: Mapping[str, str | None]) -> list[str]:

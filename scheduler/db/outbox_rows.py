@@ -81,7 +81,7 @@ class OutboxRows:
         async with self._database.session() as session:
             ended = await end_held(session, end, now_ms, _id.in_(job_ids))
             await session.commit()
-        return ended
+        return ended.ids
 
     async def expire(self, now_ms: int, limit: int) -> int:
         """End held jobs of no batch whose deadline passed; how many. Batches see to their lines themselves."""

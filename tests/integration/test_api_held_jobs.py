@@ -125,6 +125,30 @@ def test_the_events_of_a_job_that_was_tried_again_wait_for_its_next_attempt(stag
     assert "HTTP/1.1 200" in seen and '"code":"cancelled"' in seen
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_webhook_of_a_job_that_ends_in_sql_alone_waits_for_no_sweep(stage: Stage, lost: bool) -> None:
+    """No scheduler runs here: the kick lies there until one does."""
+    stage.call(stage.services.webhooks.create("default", f"https://example.com/{lost}", "", ["job.cancelled"]))
+    job_id = submit(stage, HOLD, delay_ms=0 if lost else 3_600_000)
+    if lost:
+        wait_until(lambda: stage.claimed(job_id))
+        lose(stage, job_id)
+    before = kicked(stage)
+    assert stage.request("POST", f"/v1/jobs/{job_id}/cancel").json["state"] == "cancelled"
+    new = kicked(stage) - before
+    assert new and all(name.startswith("deliver_webhook:") for name in new)
+
+
+def kicked(stage: Stage) -> set[str]:
+    """What waits for a scheduler, by job id of the control plane."""
+
+    async def names() -> set[str]:
+        found = [key async for key in stage.services.redis.scan_iter("arq:job:deliver_webhook:*")]
+        return {key.decode().removeprefix("arq:job:") for key in found}
+
+    return stage.call(names())
+
+
 def test_a_job_that_redis_lost_is_cancelled_at_once(stage: Stage) -> None:
     job_id = submit(stage, model="org/other-model")
     assert row(stage, job_id) == (At.SENT, JobState.QUEUED)

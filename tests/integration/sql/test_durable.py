@@ -153,7 +153,12 @@ async def test_only_what_is_held_is_cancelled_in_sql(store: DurableStore, databa
     held, sent = new_durable(), new_durable()
     await store.accept([held, sent])
     await move(database, sent.id, stage="sent")
-    assert [await store.cancel_held(job_id) for job_id in (held.id, sent.id, "job-0-none")] == [True, False, False]
+    ids = (held.id, sent.id, "job-0-none")
+    assert [bool(await store.cancel_held(job_id)) for job_id in ids] == [
+        True,
+        False,
+        False,
+    ]
     assert not await store.cancel_held(held.id)
     kept, live = await store.get(held.id), await store.get(sent.id)
     assert kept is not None and (kept.stage, kept.state) == (Stage.DONE, JobState.CANCELLED)
@@ -161,7 +166,12 @@ async def test_only_what_is_held_is_cancelled_in_sql(store: DurableStore, databa
     assert live is not None and live.stage is Stage.SENT
     finished = await JobStore(database).get(held.id)
     assert finished is not None and finished.state is JobState.CANCELLED
-    assert [await store.cancel_open(job_id) for job_id in (held.id, sent.id, "job-0-none")] == [False, True, False]
+    ids = (held.id, sent.id, "job-0-none")
+    assert [bool(await store.cancel_open(job_id)) for job_id in ids] == [
+        False,
+        True,
+        False,
+    ]
 
 
 async def test_what_did_not_succeed_can_be_opened_again(store: DurableStore, database: Database) -> None:
