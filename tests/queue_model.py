@@ -49,6 +49,7 @@ class Expected:
     fails: int = 0
     cancel: JobState | None = None
     reclaimed: bool = False
+    parked: bool = False
     dead: bool = False
     body: bool = True
     ended_by: tuple[str, int] | None = None
@@ -58,6 +59,15 @@ class Expected:
     @property
     def waits(self) -> bool:
         return self.state in _WAITING
+
+    @property
+    def lane(self) -> str:
+        """Where a queued job stands."""
+        if self.lost >= 2:
+            return "solo"
+        if self.parked:
+            return f"parked:{self.priority.value}"
+        return "resume" if self.reclaimed else self.priority.value
 
 
 class Model:
@@ -94,7 +104,7 @@ class Model:
             self._end(job_id, job.cancel)
             return
         job.state, job.owner = JobState.QUEUED, None
-        job.reclaimed = job.lost >= 2 or not preempted
+        job.parked, job.reclaimed = preempted, job.lost >= 2 or not preempted
 
     async def enqueue(self, priority: Priority, tenant: int, *, due: bool, deadline: bool, durable: bool) -> None:
         now = int(time.time() * 1000)
@@ -250,6 +260,7 @@ class Model:
         if job.state.is_terminal and job.state is not JobState.SUCCEEDED and job.body:
             self.accepted += 1
             job.state, job.lost, job.fails, job.reclaimed, job.dead = JobState.QUEUED, 0, 0, False, False
+            job.parked = False
             job.log.clear()
             job.deadline = job.deadline and int(await self._field(job_id, "deadline")) > 1
         assert await self.queue.replay(job_id) is job.state
@@ -291,6 +302,17 @@ class Model:
         pending = sum(one["pending"] for one in found[1::2])
         return sum(found[0::2]) - pending, pending
 
+    async def check_lanes(self) -> None:
+        """Each queued job has one entry, in the lane that it belongs to by its class and by what became of it."""
+        prefix = self.queue.keys.of("queue")
+        found: dict[str, list[str]] = {}
+        async for key in self.redis.scan_iter(match=prefix + "*", count=1000):
+            lane = key.decode().removeprefix(f"{prefix}{POOL}:").rpartition(":")[0]
+            for _, fields in await ask(self.redis, "XRANGE", key, "-", "+"):
+                found.setdefault(next(iter(fields.values())).decode(), []).append(lane)
+        queued = {job_id: [job.lane] for job_id, job in self.jobs.items() if job.state is JobState.QUEUED}
+        assert {job_id: found.get(job_id) for job_id in queued} == queued
+
     async def check_jobs(self) -> None:
         for job_id, job in self.jobs.items():
             view = await self.queue.view(job_id)
@@ -315,6 +337,8 @@ class Model:
             await self.pause(what, False)
         for worker in WORKERS:
             await self.retire(worker)
+        # A worker that was emptying itself for a job that runs alone keeps that place for SOLO_HOLD_MS after it left.
+        await ask(self.redis, "DEL", self.queue.keys.of("hold", POOL))
         for job_id, job in self.jobs.items():
             if job.state is JobState.SCHEDULED:
                 await self.come_due(job_id)

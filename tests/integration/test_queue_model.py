@@ -131,12 +131,14 @@ class QueueMachine(RuleBasedStateMachine):
         self._steps += 1
         if self._steps % 4 == 0:
             self._do(self.model.check_sums())
+            self._do(self.model.check_lanes())
         if self._steps % 16 == 0:
             self._do(self.model.check_jobs())
 
     def teardown(self) -> None:
         try:
             self._do(self.model.check_jobs())
+            self._do(self.model.check_lanes())
             self._do(self.model.drain())
             self._do(self.model.check_sums())
             self._do(self.model.check_jobs())
