@@ -22,7 +22,7 @@ from workers.engine.lane_choice import kv_bytes
 from workers.engine.slot_lane import SlotLane
 
 PROMPT_TOKENS = (1, 2, 23, 30, 70)
-ANSWER_TOKENS = 40
+ANSWER_TOKENS = 36
 
 
 def endless(params: SamplingParams) -> SamplingParams:
@@ -75,7 +75,7 @@ def test_a_takeover_at_any_token_goes_on_as_if_nothing_had_happened(name: str, p
     assert len(whole) == ANSWER_TOKENS
     cuts = [progress for progress in shown if progress.finish_reason is None]
     on = zoo_stage(name)
-    chosen = random.Random(name).sample(cuts, 3)
+    chosen = random.Random(name).sample(cuts, 2)
     for at, progress in enumerate(chosen):
         on.add(job(f"job-{at}", prompt(3, 30), params, progress=(progress,), attempt=2))
         on.step()
@@ -87,17 +87,18 @@ def test_a_takeover_at_any_token_goes_on_as_if_nothing_had_happened(name: str, p
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_seeded_row_draws_in_company_what_it_draws_alone(name: str) -> None:
-    on = zoo_stage(name)
-    wanted = {f"job-{at}": endless(seeded(at, 25, temperature=0.5 + at / 2)) for at in range(3)}
-    for at, (job_id, params) in enumerate(wanted.items()):
-        on.add(job(job_id, prompt(at, 8 + 20 * at), params))
-        on.step()
-    on.run()
-    for at, (job_id, params) in enumerate(wanted.items()):
-        alone = zoo_stage(name)
-        alone.add(job(job_id, prompt(at, 8 + 20 * at), params))
+    jobs = [
+        job(f"job-{at}", prompt(at, 8 + 40 * at), endless(seeded(at, 25, temperature=0.5 + at / 2))) for at in range(2)
+    ]
+    together, alone = zoo_stage(name), zoo_stage(name)
+    for prepared in jobs:
+        together.add(prepared)
+        together.step()
+        alone.add(prepared)
         alone.run()
-        assert on.jobs[job_id].tokens == alone.jobs[job_id].tokens
+    together.run()
+    for prepared in jobs:
+        assert together.jobs[prepared.job_id].tokens == alone.jobs[prepared.job_id].tokens
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -118,10 +119,11 @@ def test_the_next_turn_says_what_mlx_lm_says_to_the_whole_conversation(name: str
 @pytest.mark.parametrize("name", [name for name in MODELS if kv_bytes(zoo_model(name))[0] > 0])
 def test_rows_sent_back_for_want_of_room_come_back_and_say_the_same(name: str) -> None:
     token_bytes, row_bytes = kv_bytes(zoo_model(name))
-    on = zoo_stage(name, max_rows=4, kv_budget_bytes=2 * (4 * row_bytes + 4 * 48 * token_bytes))
-    for at in range(4):
-        on.add(job(f"job-{at}", prompt(at, 20), endless(greedy(60)), rank=at % 2))
+    each_tokens = max(48, row_bytes // token_bytes)
+    on = zoo_stage(name, max_rows=2, kv_budget_bytes=4 * (row_bytes + each_tokens * token_bytes))
+    for at in range(2):
+        on.add(job(f"job-{at}", prompt(at, 20), endless(greedy(each_tokens))))
     on.run()
     assert on.engine.stats()["preemptions"] > 0
-    for at in range(4):
-        assert on.jobs[f"job-{at}"].tokens == mlx_lm_says(name, prompt(at, 20), 60)
+    for at in range(2):
+        assert on.jobs[f"job-{at}"].tokens == mlx_lm_says(name, prompt(at, 20), each_tokens)
