@@ -112,9 +112,9 @@ def test_any_schedule_of_joins_cancels_and_prefix_hits_is_exact(model: nn.Module
     on = stage(model, max_rows=4, kv_budget_bytes=data.draw(st.sampled_from([1 << 20, 1 << 24])))
     wanted: dict[str, list[int]] = {}
     for at in range(data.draw(st.integers(3, 8))):
-        family, length = data.draw(st.integers(0, 1)), data.draw(st.integers(1, 70))
+        family, length = data.draw(st.integers(0, 1)), data.draw(st.integers(1, 70) | st.integers(450, 520))
         limit = data.draw(st.integers(1, 40))
-        ids = prompt(family, 80)[:length]
+        ids = prompt(family, 520)[:length]
         on.add(job(f"job-{at}", ids, greedy(limit), rank=data.draw(st.integers(0, 3))))
         wanted[f"job-{at}"] = reference(model, ids, limit)
         for _ in range(data.draw(st.integers(0, 12))):

@@ -138,7 +138,7 @@ class SlotLane:
     def decode(self) -> DecodeFlight:
         self._rearrange(self._layout.step())
         if self._written:
-            # Pages are copied out of the slots before the step: a read in flight would force it to copy all slots.
+            # Nothing may still read the slots when the step begins, or it would have to copy them all.
             mx.eval(self._store.slabs)
             self._written = False
         device = self._device_rows()
@@ -208,6 +208,7 @@ class SlotLane:
         if pages:
             start, stop = known * size - first, (known + len(pages)) * size - first
             self._store.write(pages, [row[:, :, start:stop] for row in rows])
+            mx.async_eval(self._store.slabs)
             sequence.block_table.extend(pages)
             self._written = True
         self.prefix_cache.insert(sequence.tokens, sequence.block_table)
