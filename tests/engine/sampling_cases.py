@@ -12,7 +12,7 @@ import numpy.typing as npt
 from scheduler.request import SamplingParams
 from tests.engine.engine_stage import tokenizer
 from workers.engine.detokenizer import TextStream
-from workers.engine.sampler import DrawRows, build_sampling, group_rows, sample
+from workers.engine.sampler import build_sampling, grouped_rows, sample
 from workers.engine.sequence import Sequence
 from workers.engine.token_draw import weigh_tokens
 
@@ -51,8 +51,8 @@ def weigh(params: SamplingParams, logits: Floats) -> Doubles:
     """The probabilities [width] that the sampler draws one row with."""
     sampling = build_sampling([row_of(params)], len(logits))
     offsets = mx.array([len(PROMPTED) - 1], dtype=mx.int32)
-    ((group, source, asked),) = group_rows(sampling.variant, DrawRows(*sampling.draw), offsets)
-    weights, ids, _ = weigh_tokens(group, mx.array(logits)[None][source], asked)
+    ((group, asked, uniforms),) = grouped_rows(sampling.variant, sampling.draw, offsets)
+    weights, ids, _ = weigh_tokens(group, mx.array(logits)[None][asked.source], asked, uniforms)
     dense = np.zeros(len(logits))
     places = np.arange(len(logits)) if ids is None else np.array(ids)[0]
     np.add.at(dense, places, np.array(weights, dtype=np.float64)[0])

@@ -99,7 +99,7 @@ def test_nothing_is_prepared_that_no_row_asked_for() -> None:
     assert (alone.candidates, alone.min_p, alone.nucleus, alone.xtc_stop) == (0, False, 0, 0)
     rows = [row_of(one) for one in (greedy, plain, SamplingParams(top_k=5), SamplingParams(top_p=0.5))]
     mixed = build_sampling(rows, 1000)
-    assert [(group.rows, group.candidates, group.nucleus) for group in mixed.variant.groups] == [(2, 0, 1), (1, 64, 0)]
+    assert [(group.rows, group.candidates, group.nucleus) for group in mixed.variant.groups] == [(2, 0, 1), (1, 128, 0)]
     assert mixed.variant.greedy == 1 and mixed.edit == []
     one_edit = build_sampling([*rows, row_of(SamplingParams(temperature=0.0, frequency_penalty=1.0))], 1000)
     assert one_edit.variant.edits.rows == 1 and not one_edit.variant.edits.repetition

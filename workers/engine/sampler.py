@@ -36,7 +36,7 @@ from workers.engine.token_draw import UNIFORMS, Group, GroupRows, draw_group
 Rows = Items[Sequence | None]
 NO_TOKEN = -1  # drawn where the logits are not finite; the engine fails the row
 _COLDEST = 1e-4  # colder is greedy in all but name
-_CANDIDATE_COUNTS = (64, 256, 1024)
+_CANDIDATE_COUNTS = (128, 1024)
 
 
 class Variant(NamedTuple):
@@ -48,24 +48,18 @@ class Variant(NamedTuple):
 
 
 class DrawRows(NamedTuple):
-    """The drawing rows in the order of their groups: `key` [n, 2] uint32, `guard` [rows with XTC, vocab], else [n, 1].
+    """The drawing rows [n] in the order of their groups; each group's `GroupRows` follow these arrays.
 
-    `source` [greedy rows + n]: where each row's logits are, the edited ones behind the batch's. `place` [batch rows]:
-    where each row's token is among those. `row` [n]: the batch row; `origin` [n]: the cache length before output 0.
+    `greedy` [greedy rows]: where their logits are, the edited ones behind the batch's. `place` [batch rows]: where each
+    row's token is among those of the greedy rows, then the groups. `row`: the batch row; `origin`: the cache length
+    before output 0; `key` [n, 2] uint32.
     """
 
-    source: mx.array
+    greedy: mx.array
     place: mx.array
     row: mx.array
     origin: mx.array
     key: mx.array
-    scale: mx.array
-    top_k: mx.array
-    top_p: mx.array
-    min_p: mx.array
-    xtc_probability: mx.array
-    xtc_threshold: mx.array
-    guard: mx.array
 
 
 @dataclass(slots=True)
@@ -100,9 +94,8 @@ def build_sampling(rows: Rows, vocab_size: int) -> Sampling:
     sequences = [one.sequence for one in edited]
     kinds = edit_kinds(sequences)
     variant = Variant(len(greedy), tuple(_group_of(count, members) for count, members in groups), kinds)
-    drawing = [one for _, members in groups for one in members]
     edit = list(build_edits([one.row for one in edited], sequences, vocab_size)) if edited else []
-    return Sampling(variant, list(_draw_rows(len(rows), greedy, drawing, edited, vocab_size)), edit)
+    return Sampling(variant, _draw_rows(len(rows), greedy, groups, edited, vocab_size), edit)
 
 
 def sample(
@@ -113,44 +106,32 @@ def sample(
     `offsets` [rows] are cache lengths. A row whose best logit is not finite gets NO_TOKEN.
     """
     if not draw:
-        return _best(logits), edit
-    rows = DrawRows(*draw)
+        return _checked(*_best(logits)), edit
+    rows = DrawRows(*draw[: len(DrawRows._fields)])
     if variant.edits.rows:
         logits = mx.concatenate([logits, edit_logits(variant.edits, logits, offsets, EditRows(*edit))])
-    parts = [_best(logits[rows.source[: variant.greedy]])] if variant.greedy else []
-    for group, source, asked in group_rows(variant, rows, offsets):
-        tokens, best = draw_group(group, logits[source], asked)
-        parts.append(mx.where(mx.abs(best) < mx.inf, tokens, NO_TOKEN))
-    tokens = mx.concatenate(parts)[rows.place]
+    parts = [_best(logits[rows.greedy])] if variant.greedy else []
+    for group, asked, uniforms in grouped_rows(variant, draw, offsets):
+        parts.append(draw_group(group, logits[asked.source], asked, uniforms))
+    tokens, best = (mx.concatenate(list(column)) for column in zip(*parts, strict=True))
+    tokens = _checked(tokens, best)[rows.place]
     if not variant.edits.rows:
         return tokens, edit
     return tokens, list(count_tokens(variant.edits, mx.maximum(tokens, 0), EditRows(*edit)))
 
 
-def group_rows(variant: Variant, rows: DrawRows, offsets: mx.array) -> Iterator[tuple[Group, mx.array, GroupRows]]:
-    """Each group, where its rows' logits are [n], and its share of the arrays."""
+def grouped_rows(
+    variant: Variant, draw: list[mx.array], offsets: mx.array
+) -> Iterator[tuple[Group, GroupRows, mx.array]]:
+    """Each group with its arrays and uniforms."""
     if not variant.groups:
         return
-    uniforms = _uniforms(rows, offsets)
-    start = guard_start = 0
+    at, start = len(DrawRows._fields), 0
+    uniforms = _uniforms(DrawRows(*draw[:at]), offsets)
     for group in variant.groups:
-        own = slice(start, start + group.rows)
-        guard_stop = guard_start + group.xtc_stop - group.xtc_start
-        yield (
-            group,
-            rows.source[variant.greedy :][own],
-            GroupRows(
-                scale=rows.scale[own],
-                top_k=rows.top_k[own],
-                top_p=rows.top_p[own],
-                min_p=rows.min_p[own],
-                xtc_probability=rows.xtc_probability[own],
-                xtc_threshold=rows.xtc_threshold[own],
-                guard=rows.guard[guard_start:guard_stop],
-                uniforms=uniforms[own],
-            ),
-        )
-        start, guard_start = start + group.rows, guard_stop
+        asked = GroupRows(*draw[at : at + len(GroupRows._fields)])
+        yield group, asked, uniforms[start : start + group.rows]
+        at, start = at + len(GroupRows._fields), start + group.rows
 
 
 def row_key(seed: int, choice_index: int) -> tuple[int, int]:
@@ -159,9 +140,14 @@ def row_key(seed: int, choice_index: int) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-def _best(logits: mx.array) -> mx.array:
+def _best(logits: mx.array) -> tuple[mx.array, mx.array]:
+    """The best tokens and their logits, [rows, 1] each."""
     tokens = mx.argmax(logits, axis=-1, keepdims=True)
-    best = mx.take_along_axis(logits, tokens, axis=-1)
+    return tokens, mx.take_along_axis(logits, tokens, axis=-1)
+
+
+def _checked(tokens: mx.array, best: mx.array) -> mx.array:
+    """Tokens [rows] int32, of [rows, 1] and the best logit of each."""
     return mx.where(mx.abs(best) < mx.inf, tokens.astype(mx.int32), NO_TOKEN)[:, 0]
 
 
@@ -210,30 +196,36 @@ def _has_xtc(params: SamplingParams) -> bool:
 
 
 def _draw_rows(
-    batch_rows: int, greedy: Items[_Placed], drawing: Items[_Placed], edited: Items[_Placed], vocab_size: int
-) -> DrawRows:
+    batch_rows: int,
+    greedy: Items[_Placed],
+    groups: Items[tuple[int, list[_Placed]]],
+    edited: Items[_Placed],
+    vocab_size: int,
+) -> list[mx.array]:
+    """The arrays of DrawRows, then of each group's GroupRows."""
     source = np.arange(batch_rows, dtype=np.int32)
     source[[one.row for one in edited]] = batch_rows + np.arange(len(edited))
     place = np.zeros(batch_rows, np.int32)
+    drawing = [one for _, members in groups for one in members]
     everyone = [one.row for one in (*greedy, *drawing)]
     place[everyone] = np.arange(len(everyone))
-    values = np.array([_numbers(one.params, vocab_size) for one in drawing], np.float32).reshape(-1, 6)
-    scale, top_k, top_p, min_p, xtc_probability, xtc_threshold = mx.array(values).split(6, axis=1)
     keys = [row_key(one.params.seed, one.sequence.index) for one in drawing]
-    return DrawRows(
-        source=mx.array(source[everyone]),
+    rows = DrawRows(
+        greedy=mx.array(source[[one.row for one in greedy]]),
         place=mx.array(place),
         row=mx.array([one.row for one in drawing], dtype=mx.int32),
         origin=mx.array([len(one.sequence.prompt_ids) - 1 for one in drawing], dtype=mx.int32),
         key=mx.array(np.array(keys, np.uint32).reshape(-1, 2)),
-        scale=scale,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        xtc_probability=xtc_probability,
-        xtc_threshold=xtc_threshold,
-        guard=_guards([one for one in drawing if _has_xtc(one.params)], vocab_size),
     )
+    asked = [_group_rows(mx.array(source[[one.row for one in members]]), members, vocab_size) for _, members in groups]
+    return [*rows, *(array for group in asked for array in group)]
+
+
+def _group_rows(source: mx.array, members: Items[_Placed], vocab_size: int) -> GroupRows:
+    values = np.array([_numbers(one.params, vocab_size) for one in members], np.float32)
+    guard = _guards([one for one in members if _has_xtc(one.params)], vocab_size)
+    columns = [mx.array(values[:, at : at + 1]) for at in range(values.shape[1])]
+    return GroupRows(*[source, *columns, guard])
 
 
 def _numbers(params: SamplingParams, vocab_size: int) -> tuple[float, ...]:

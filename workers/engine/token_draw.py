@@ -14,7 +14,7 @@ import mlx.core as mx
 _BLOCK = 32
 _DIRECT_DRAW_WIDTH = 512
 # Metal sorts where the CPU would partition, so there halving would sort twice over.
-_SORTED_AT_ONCE = 1 << 30 if mx.metal.is_available() else 128
+_SORTED_AT_ONCE = 1 << 30 if mx.metal.is_available() else 256
 UNIFORMS = 3
 
 
@@ -35,8 +35,11 @@ class Group(NamedTuple):
 
 
 class GroupRows(NamedTuple):
-    """What a group's rows ask for: [n, 1] each but `uniforms` [n, 3] in [0, 1); `guard` [xtc rows, vocab] bool."""
+    """What a group's rows ask for, [n, 1] each; `source` [n]: where their logits are; `guard` [XTC rows, vocab] bool:
+    what XTC spares.
+    """
 
+    source: mx.array
     scale: mx.array
     top_k: mx.array
     top_p: mx.array
@@ -44,23 +47,30 @@ class GroupRows(NamedTuple):
     xtc_probability: mx.array
     xtc_threshold: mx.array
     guard: mx.array
-    uniforms: mx.array
 
 
-def draw_group(group: Group, logits: mx.array, rows: GroupRows) -> tuple[mx.array, mx.array]:
-    """Tokens [n] int32 and the best logit of each row [n], for logits [n, vocab]."""
-    weights, ids, best = weigh_tokens(group, logits, rows)
-    places = _pick(weights, rows.uniforms[:, 0:1], rows.uniforms[:, 1:2])
-    tokens = places if ids is None else mx.take_along_axis(ids, places, axis=-1)
-    return tokens[:, 0].astype(mx.int32), best
+def draw_group(group: Group, logits: mx.array, rows: GroupRows, uniforms: mx.array) -> tuple[mx.array, mx.array]:
+    """Tokens and best logits of each row [n, 1], for logits [n, vocab] and uniforms [n, UNIFORMS] in [0, 1)."""
+    weights, ids, best = weigh_tokens(group, logits, rows, uniforms)
+    places = _pick(weights, uniforms[:, 0:1], uniforms[:, 1:2])
+    return places if ids is None else mx.take_along_axis(ids, places, axis=-1), best
 
 
-def weigh_tokens(group: Group, logits: mx.array, rows: GroupRows) -> tuple[mx.array, mx.array | None, mx.array]:
-    """Weights [n, width] in proportion to which tokens are drawn, their ids (None: all tokens), best logits [n]."""
+def weigh_tokens(
+    group: Group, logits: mx.array, rows: GroupRows, uniforms: mx.array
+) -> tuple[mx.array, mx.array | None, mx.array]:
+    """Weights [n, width] in proportion to which tokens are drawn, their ids (None: all tokens), best logits [n, 1]."""
     values, ids = (logits, None) if not group.candidates else best_tokens(logits, group.candidates)
     best = mx.max(values, axis=-1, keepdims=True)
     weights = mx.power(2.0, (values - best) * rows.scale)  # several times cheaper than exp on the CPU
-    return filter_weights(group, weights, rows, ids), ids, best[:, 0]
+    weights = _filter(group, weights, rows, is_sorted=ids is not None)
+    start, stop = group.xtc_start, group.xtc_stop
+    if start < stop:
+        guard = rows.guard if ids is None else mx.take_along_axis(rows.guard, ids[start:stop], axis=-1)
+        fires = uniforms[start:stop, 2:3] < rows.xtc_probability[start:stop]
+        left = exclude_top_choices(weights[start:stop], rows.xtc_threshold[start:stop], fires & ~guard)
+        weights = mx.concatenate([weights[:start], left, weights[stop:]])
+    return weights, ids, best
 
 
 def best_tokens(logits: mx.array, count: int) -> tuple[mx.array, mx.array]:
@@ -82,47 +92,41 @@ def best_tokens(logits: mx.array, count: int) -> tuple[mx.array, mx.array]:
     return mx.take_along_axis(values, order, axis=-1), mx.take_along_axis(ids, order, axis=-1)
 
 
-def filter_weights(group: Group, weights: mx.array, rows: GroupRows, ids: mx.array | None) -> mx.array:
-    """Weights [n, width] with 0 for what top_k, then top_p over the rest, min_p and at last XTC rule out."""
+def _filter(group: Group, weights: mx.array, rows: GroupRows, *, is_sorted: bool) -> mx.array:
+    """Weights [n, width] with 0 for what top_k, then top_p over the rest, and min_p rule out."""
     if group.top_k:
-        weights = weights * (mx.arange(weights.shape[-1])[None] < rows.top_k)
+        weights = weights * (mx.arange(weights.shape[-1]) < rows.top_k)
     floor = rows.min_p
     if group.nucleus:
         inside = weights[: group.nucleus]
         target = rows.top_p[: group.nucleus] * mx.sum(inside, axis=-1, keepdims=True)
-        edge = mx.maximum(nucleus_edge(inside, target), floor[: group.nucleus])
-        floor = mx.concatenate([edge, floor[group.nucleus :]])
-    if group.nucleus or group.min_p:
-        weights = weights * (weights >= floor)
-    start, stop = group.xtc_start, group.xtc_stop
-    if start == stop:
-        return weights
-    guard = rows.guard if ids is None else mx.take_along_axis(rows.guard, ids[start:stop], axis=-1)
-    fires = rows.uniforms[start:stop, 2:3] < rows.xtc_probability[start:stop]
-    left = exclude_top_choices(weights[start:stop], rows.xtc_threshold[start:stop], fires & ~guard)
-    return mx.concatenate([weights[:start], left, weights[stop:]])
+        edge = _edge_of_sorted(inside, target) if is_sorted else nucleus_edge(inside, target)
+        floor = mx.maximum(floor, mx.pad(edge, [(0, group.rows - group.nucleus), (0, 0)]))
+    return weights * (weights >= floor) if group.nucleus or group.min_p else weights
 
 
 def nucleus_edge(weights: mx.array, target: mx.array) -> mx.array:
     """The least weight [n, 1] that top_p keeps: heavier tokens alone weigh less than `target` [n, 1].
 
     Halves the rows at their median until few enough are left to sort: the edge is in the heavy half if that reaches
-    the target, else in the light one.
+    the target, else in the light one, which has to reach the rest.
     """
-    above = mx.zeros_like(target)
     while (width := weights.shape[-1]) > _SORTED_AT_ONCE:
         if width % 2:
             weights, width = mx.pad(weights, [(0, 0), (1, 0)]), width + 1
-        parted = mx.partition(weights, width // 2, axis=-1)
-        light, heavy = parted[:, : width // 2], parted[:, width // 2 :]
-        reached = above + mx.sum(heavy, axis=-1, keepdims=True)
-        is_light = reached < target
+        light, heavy = mx.split(mx.partition(weights, width // 2, axis=-1), 2, axis=-1)
+        mass = mx.sum(heavy, axis=-1, keepdims=True)
+        is_light = mass < target
         weights = heavy * ~is_light + light * is_light
-        above = mx.where(is_light, reached, above)
-    ordered = mx.sort(weights, axis=-1)[:, ::-1]
-    before = above + mx.cumsum(ordered, axis=-1, inclusive=False)
+        target = target - mass * is_light
+    return _edge_of_sorted(mx.sort(weights, axis=-1)[:, ::-1], target)
+
+
+def _edge_of_sorted(weights: mx.array, target: mx.array) -> mx.array:
+    """`nucleus_edge` of weights in falling order."""
+    before = mx.cumsum(weights, axis=-1, inclusive=False)
     kept = mx.sum(before < target, axis=-1, keepdims=True)
-    return mx.take_along_axis(ordered, mx.maximum(kept, 1) - 1, axis=-1)
+    return mx.take_along_axis(weights, mx.maximum(kept, 1) - 1, axis=-1)
 
 
 def exclude_top_choices(weights: mx.array, threshold: mx.array, may_go: mx.array) -> mx.array:
