@@ -11,6 +11,7 @@ from tests.chaos.evidence import TERMINAL, Archive, DurableRecord, Evidence, giv
 from tests.chaos.key_check import check_keys
 from tests.chaos.ledger import Entry, Ledger
 from tests.chaos.processes import Managed
+from tests.chaos.recurring import check_turns
 
 MAX_LOST, MAX_BURNT = 3, 5  # the defaults of max_lost and max_attempts
 _REPEATABLE = {"failed", "cancelled", "expired"}  # ends after which the same key gets another job
@@ -27,6 +28,7 @@ async def reckon(archive: Archive, ledger: Ledger) -> None:
         _check_entry(evidence, ledger, entry, unlucky)
     for job_id, row in evidence.durable.items():
         _check_durable(evidence, ledger, job_id, row)
+    check_turns(archive.stage, ledger)
     _check_attempts(evidence, ledger, unlucky)
     await _check_logs(archive, evidence, ledger)
     await check_keys(archive, evidence, ledger)

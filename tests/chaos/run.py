@@ -16,6 +16,7 @@ from tests.chaos.ledger import Entry, Ledger
 from tests.chaos.orders import demo_requests, heard_alone
 from tests.chaos.producers import PRODUCERS, produce
 from tests.chaos.reckoning import reckon, tracebacks
+from tests.chaos.recurring import recur
 from tests.chaos.stage import Stage, open_stage, seeded
 from tests.chaos.timeline import Timeline
 
@@ -67,6 +68,7 @@ async def _storm(options: Options, stage: Stage, ledger: Ledger) -> None:
     producing = [
         asyncio.create_task(produce(desk, name, serve, options.seed, demo, stop)) for name, serve in PRODUCERS.items()
     ]
+    producing.append(asyncio.create_task(recur(stage, desk, options.seed, stop)))
     await Driver(stage).run(plan(options.seed, options.seconds, options.kinds))
     await asyncio.sleep(max(0.0, options.seconds - stage.timeline.now_s))
     stop.set()
