@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +13,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from api.cli.files import opened
 from api.cli.job_tables import plain_table
-from api.cli.options import ApiKey, Home, Json, Url
+from api.cli.options import ApiKey, Home, Json, Url, connected
 from api.cli.plain_text import age_of, day_of, printable, wide_console
-from api.cli.record_tables import print_table
+from api.cli.record_tables import print_list
 from scheduler.errors import BatchConflict, ClientError, SpillwayError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def submit(
     body: dict[str, Any] = {"endpoint": endpoint, "completion_window": window, "metadata": _pairs(metadata)}
     if webhook is not None:
         body["webhook"] = webhook
-    with opened(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         batch = _create(client, body, _upload(client, file)["id"])
         if sys.stdout.isatty():
             typer.echo(f"Accepted {batch['id']}.")
@@ -75,26 +75,15 @@ def list_batches(
     home: Home = None,
 ) -> None:
     """The newest batches."""
-    with opened(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         found = client.get(f"/v1/batches?limit={limit}")["data"]
-    if as_json:
-        typer.echo(json.dumps(found))
-        return
-    if not found:
-        typer.echo("No batches yet.")
-        return
-    table = plain_table("batch", "status", "lines", "done", "failed", "age", "model")
-    for batch in found:
-        counts = (str(batch["request_counts"][name]) for name in ("total", "completed", "failed"))
-        model = printable(batch["model"] or "–")
-        table.add_row(batch["id"], _status(batch), *counts, age_of(batch["created_at"]), model)
-    print_table(table, kept=6)
+    print_list(found, _table, kept=6, none="No batches yet.", as_json=as_json)
 
 
 @app.command()
 def show(batch: BatchId, as_json: Json = False, url: Url = None, api_key: ApiKey = None, home: Home = None) -> None:
     """One batch: its status, counts, files and errors."""
-    with opened(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         found = client.get(f"/v1/batches/{batch}")
     if as_json:
         typer.echo(json.dumps(found))
@@ -120,7 +109,7 @@ def show(batch: BatchId, as_json: Json = False, url: Url = None, api_key: ApiKey
 @app.command()
 def cancel(batch: BatchId, url: Url = None, api_key: ApiKey = None, home: Home = None) -> None:
     """Cancel a batch; the answers it has are kept."""
-    with opened(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         found = client.post(f"/v1/batches/{batch}/cancel")
     typer.echo(f"{found['id']} is {found['status']}.")
 
@@ -135,11 +124,20 @@ def results(
     home: Home = None,
 ) -> None:
     """Fetch what a batch has: answers and failed lines, to OUT or to standard output. Exit status 1: a line failed."""
-    with opened(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         found = client.get(f"/v1/batches/{batch}")
         if found["status"] not in _ENDED and not wait:
             raise BatchConflict(f"{found['id']} is {found['status']}; wait for its end with --wait.")
         raise typer.Exit(_finish(client, found, output, to_stdout=output is None))
+
+
+def _table(found: Sequence[dict[str, Any]]) -> Table:
+    table = plain_table("batch", "status", "lines", "done", "failed", "age", "model")
+    for batch in found:
+        counts = (str(batch["request_counts"][name]) for name in ("total", "completed", "failed"))
+        model = printable(batch["model"] or "–")
+        table.add_row(batch["id"], _status(batch), *counts, age_of(batch["created_at"]), model)
+    return table
 
 
 def _finish(client: ApiClient, batch: dict[str, Any], output: Path | None, *, to_stdout: bool = False) -> int:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 from rich.filesize import decimal
+from rich.table import Table
 
 from api.cli.job_tables import plain_table
-from api.cli.options import ApiKey, Home, Json, Url, settings_with
+from api.cli.options import ApiKey, Home, Json, Url, connected
 from api.cli.plain_text import age_of, day_of, printable
-from api.cli.record_tables import print_table
-
-if TYPE_CHECKING:
-    from api.cli.api_client import ApiClient
+from api.cli.record_tables import print_list
 
 app = typer.Typer(help="Stored files: what batches read and write.", no_args_is_help=True)
 
@@ -35,19 +30,9 @@ def list_files(
 ) -> None:
     """The newest files."""
     chosen = "" if purpose is None else f"&purpose={purpose}"
-    with opened(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         found = client.get(f"/v1/files?limit={limit}{chosen}")["data"]
-    if as_json:
-        typer.echo(json.dumps(found))
-        return
-    if not found:
-        typer.echo("No files yet.")
-        return
-    table = plain_table("file", "purpose", "size", "age", "name", "expires")
-    for file in found:
-        cells = (file["id"], file["purpose"], decimal(file["bytes"]), age_of(file["created_at"]))
-        table.add_row(*cells, printable(file["filename"]), day_of(file["expires_at"]))
-    print_table(table, kept=4)
+    print_list(found, _table, kept=4, none="No files yet.", as_json=as_json)
 
 
 @app.command()
@@ -58,19 +43,15 @@ def delete(
     home: Home = None,
 ) -> None:
     """Remove files and their bytes."""
-    with opened(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         for name in file:
             client.send("DELETE", f"/v1/files/{name}")
             typer.echo(f"Deleted {name}.")
 
 
-@contextlib.contextmanager
-def opened(url: str | None, api_key: str | None, home: Path | None) -> Iterator[ApiClient]:
-    """The running service, closed at the end."""
-    from api.cli.api_client import ApiClient
-
-    client = ApiClient(settings_with(url=url, api_key=api_key, home=home))
-    try:
-        yield client
-    finally:
-        client.close()
+def _table(found: Sequence[dict[str, Any]]) -> Table:
+    table = plain_table("file", "purpose", "size", "age", "name", "expires")
+    for file in found:
+        cells = (file["id"], file["purpose"], decimal(file["bytes"]), age_of(file["created_at"]))
+        table.add_row(*cells, printable(file["filename"]), day_of(file["expires_at"]))
+    return table

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import typer
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -9,6 +14,23 @@ from api.cli.plain_text import wide_console
 
 GAP = 2  # between columns
 NARROWEST = 6  # a column with less room than this says nothing
+
+
+def print_list(
+    found: Sequence[dict[str, Any]],
+    table: Callable[[Sequence[dict[str, Any]]], Table],
+    *,
+    kept: int,
+    none: str,
+    as_json: bool,
+) -> None:
+    """A list that the API answered: as JSON, as `none` where it is empty, else as a table (see `print_table`)."""
+    if as_json:
+        typer.echo(json.dumps(found))
+    elif not found:
+        typer.echo(none)
+    else:
+        print_table(table(found), kept=kept)
 
 
 def print_table(table: Table, kept: int) -> None:

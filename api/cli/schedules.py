@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import typer
+from rich.table import Table
 from rich.text import Text
 
-from api.cli.files import opened
 from api.cli.job_tables import plain_table
-from api.cli.options import ApiKey, Home, Json, Model, Url
+from api.cli.options import ApiKey, Home, Json, Model, Url, connected
 from api.cli.plain_text import day_of, printable
-from api.cli.record_tables import print_table
+from api.cli.record_tables import print_list
 from scheduler.errors import ClientError
 
 app = typer.Typer(help="Schedules: jobs that recur.", no_args_is_help=True)
@@ -45,7 +46,7 @@ def add(
     """Make a schedule. Piped, only its id is printed."""
     wanted: dict[str, Any] = {"cron": cron, "name": name, "timezone": timezone, "body": _body(prompt, body, model)}
     wanted |= {key: value for key, value in (("priority", priority), ("webhook", webhook)) if value is not None}
-    with opened(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         made = client.post(PATH, wanted)
     if sys.stdout.isatty():
         typer.echo(f"{made['id']} runs next at {_turn(made)}.")
@@ -56,27 +57,15 @@ def add(
 @app.command("list")
 def list_schedules(as_json: Json = False, url: Url = None, api_key: ApiKey = None, home: Home = None) -> None:
     """All schedules."""
-    with opened(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         found = client.get(PATH)["data"]
-    if as_json:
-        typer.echo(json.dumps(found))
-        return
-    if not found:
-        typer.echo("No schedules yet.")
-        return
-    table = plain_table("id", "next", "zone", "cron", "name", "last job", "error")
-    for one in found:
-        following = "paused" if one["paused"] else _moment(one["next_ms"], one["timezone"])
-        error = Text(printable(one["last_error"] or ""), "red")
-        row = (one["id"], following, one["timezone"], one["cron"], printable(one["name"]), one["last_job_id"] or "–")
-        table.add_row(*row, error)
-    print_table(table, kept=3)
+    print_list(found, _table, kept=3, none="No schedules yet.", as_json=as_json)
 
 
 @app.command()
 def pause(schedule: ScheduleId, url: Url = None, api_key: ApiKey = None, home: Home = None) -> None:
     """No more turns until it is resumed."""
-    with opened(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         client.post(f"{PATH}/{schedule}/pause")
     typer.echo(f"Paused {schedule}.")
 
@@ -84,7 +73,7 @@ def pause(schedule: ScheduleId, url: Url = None, api_key: ApiKey = None, home: H
 @app.command()
 def resume(schedule: ScheduleId, url: Url = None, api_key: ApiKey = None, home: Home = None) -> None:
     """Turns again, from now on."""
-    with opened(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         resumed = client.post(f"{PATH}/{schedule}/resume")
     typer.echo(f"{schedule} runs next at {_turn(resumed)}.")
 
@@ -92,7 +81,7 @@ def resume(schedule: ScheduleId, url: Url = None, api_key: ApiKey = None, home: 
 @app.command()
 def run(schedule: ScheduleId, url: Url = None, api_key: ApiKey = None, home: Home = None) -> None:
     """One job now, beside the turns; its id is printed."""
-    with opened(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         job = client.post(f"{PATH}/{schedule}/run")
     typer.echo(job["id"])
 
@@ -100,9 +89,19 @@ def run(schedule: ScheduleId, url: Url = None, api_key: ApiKey = None, home: Hom
 @app.command()
 def remove(schedule: ScheduleId, url: Url = None, api_key: ApiKey = None, home: Home = None) -> None:
     """Remove a schedule; the jobs that it made stay."""
-    with opened(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         client.send("DELETE", f"{PATH}/{schedule}")
     typer.echo(f"Removed {schedule}.")
+
+
+def _table(found: Sequence[dict[str, Any]]) -> Table:
+    table = plain_table("id", "next", "zone", "cron", "name", "last job", "error")
+    for one in found:
+        following = "paused" if one["paused"] else _moment(one["next_ms"], one["timezone"])
+        error = Text(printable(one["last_error"] or ""), "red")
+        row = (one["id"], following, one["timezone"], one["cron"], printable(one["name"]), one["last_job_id"] or "–")
+        table.add_row(*row, error)
+    return table
 
 
 def _body(prompt: str | None, file: Path | None, model: str) -> Any:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from api.cli.files import opened
 from api.cli.job_tables import plain_table
-from api.cli.options import ApiKey, Home, Json, Url
+from api.cli.options import ApiKey, Home, Json, Url, connected
 from api.cli.plain_text import age_of, day_of, printable
-from api.cli.record_tables import print_table
+from api.cli.record_tables import print_list
 from scheduler.errors import ClientError
 
 app = typer.Typer(help="Webhooks: be told when jobs and batches have ended.", no_args_is_help=True)
@@ -35,7 +34,7 @@ def add(
     home: Home = None,
 ) -> None:
     """Register an endpoint. Its secret is shown once; piped, only the secret is printed."""
-    with opened(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         made = client.post(PATH, {"url": hook_url, "name": name, "event_types": event or []})
     _show_secret(made)
 
@@ -43,27 +42,15 @@ def add(
 @app.command("list")
 def list_endpoints(as_json: Json = False, url: Url = None, api_key: ApiKey = None, home: Home = None) -> None:
     """All endpoints."""
-    with opened(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         found = client.get(PATH)["data"]
-    if as_json:
-        typer.echo(json.dumps(found))
-        return
-    if not found:
-        typer.echo("No webhook endpoints yet.")
-        return
-    table = plain_table("id", "state", "url", "events", "name", "created")
-    for one in found:
-        state = Text("enabled") if one["enabled"] else Text(f"disabled {one['disabled_reason']}", "red")
-        events = ", ".join(one["event_types"]) or "all"
-        url_shown, name = printable(one["url"]), printable(one["name"])
-        table.add_row(one["id"], state, url_shown, events, name, day_of(one["created_at"]))
-    print_table(table, kept=2)
+    print_list(found, _endpoints, kept=2, none="No webhook endpoints yet.", as_json=as_json)
 
 
 @app.command()
 def test(endpoint: EndpointId, url: Url = None, api_key: ApiKey = None, home: Home = None) -> None:
     """Send a sample event now. Exit status 1: the receiver did not take it."""
-    with opened(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         tested = client.post(f"{PATH}/{endpoint}/test")
     if not tested["success"]:
         raise ClientError(f"Not delivered: {tested['delivery']['last_error'] or 'no scheduler tried it yet'}.")
@@ -79,7 +66,7 @@ def rotate(
     home: Home = None,
 ) -> None:
     """Make a new secret; the old one signs along for a day."""
-    with opened(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         body = {"keep_old_secret_active_for_24_hours": not drop_old}
         rotated = client.post(f"{PATH}/{endpoint}/rotate_secret", body)
     _show_secret(rotated)
@@ -88,7 +75,7 @@ def rotate(
 @app.command()
 def enable(endpoint: EndpointId, url: Url = None, api_key: ApiKey = None, home: Home = None) -> None:
     """Send events again, those that wait first."""
-    with opened(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         client.post(f"{PATH}/{endpoint}", {"enabled": True})
     typer.echo(f"Enabled {endpoint}.")
 
@@ -96,7 +83,7 @@ def enable(endpoint: EndpointId, url: Url = None, api_key: ApiKey = None, home: 
 @app.command()
 def remove(endpoint: EndpointId, url: Url = None, api_key: ApiKey = None, home: Home = None) -> None:
     """Remove an endpoint and what was on its way to it."""
-    with opened(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         client.send("DELETE", f"{PATH}/{endpoint}")
     typer.echo(f"Removed {endpoint}.")
 
@@ -113,14 +100,9 @@ def deliveries(
 ) -> None:
     """The newest events for an endpoint, with their tries."""
     chosen = "" if status is None else f"&status={status}"
-    with opened(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         found = client.get(f"{PATH}/{endpoint}/deliveries?limit={limit}{chosen}")["data"]
-    if as_json:
-        typer.echo(json.dumps(found))
-    elif not found:
-        typer.echo("No deliveries.")
-    else:
-        print_table(_table(found), kept=5)
+    print_list(found, _deliveries, kept=5, none="No deliveries.", as_json=as_json)
 
 
 @app.command()
@@ -131,12 +113,22 @@ def retry(
     home: Home = None,
 ) -> None:
     """Try a dead delivery anew."""
-    with opened(url, api_key, home) as client:
+    with connected(url, api_key, home) as client:
         client.post(f"/v1/webhook_deliveries/{delivery}/retry")
     typer.echo(f"Trying {delivery} again.")
 
 
-def _table(found: list[dict[str, Any]]) -> Table:
+def _endpoints(found: Sequence[dict[str, Any]]) -> Table:
+    table = plain_table("id", "state", "url", "events", "name", "created")
+    for one in found:
+        state = Text("enabled") if one["enabled"] else Text(f"disabled {one['disabled_reason']}", "red")
+        events = ", ".join(one["event_types"]) or "all"
+        url_shown, name = printable(one["url"]), printable(one["name"])
+        table.add_row(one["id"], state, url_shown, events, name, day_of(one["created_at"]))
+    return table
+
+
+def _deliveries(found: Sequence[dict[str, Any]]) -> Table:
     table = plain_table("delivery", "state", "tries", "age", "event", "error", "of")
     for one in found:
         state = Text(one["status"], _STYLES.get(one["status"], ""))
