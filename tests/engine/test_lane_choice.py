@@ -92,7 +92,7 @@ class StrangeLlama(llama.Model):
 
 
 def test_a_cache_that_does_not_work_at_all_is_named_at_the_start() -> None:
-    with pytest.raises(StartupError, match=r"'tiny' cannot run with its kind of cache \(StrangeCache\)"):
+    with pytest.raises(StartupError, match=r"'tiny' cannot run here with its caches \(StrangeCache\)"):
         Engine(loaded(tiny_llama(kind=StrangeLlama)), config())
 
 

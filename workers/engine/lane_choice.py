@@ -77,7 +77,7 @@ def _tried_caches(loaded: LoadedModel) -> list[Any]:
             logits = loaded.model(mx.array([[token]]), cache=caches)
             mx.eval(logits, [cache.state for cache in caches])
     except Exception as error:  # whatever a model file raises here, it cannot be served
-        message = f"Model {loaded.name!r} cannot run with its kind of cache ({kinds}): {one_line(error)}"
+        message = f"Model {loaded.name!r} cannot run here with its caches ({kinds}): {one_line(error)}"
         raise StartupError(message) from error
     return caches
 
