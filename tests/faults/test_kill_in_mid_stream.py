@@ -59,7 +59,7 @@ def _request(line: str, **sampling: Any) -> dict[str, Any]:
     return {"model": "default", "messages": messages, "extra_body": {"min_tokens": 96}, "max_tokens": 160, **sampling}
 
 
-async def _stream(client: AsyncOpenAI, request: dict[str, Any], seen: asyncio.Semaphore | None = None) -> Stream:
+async def _stream(client: AsyncOpenAI, request: dict[str, Any], seen: asyncio.Queue[Stream] | None = None) -> Stream:
     result = Stream()
     raw = await client.chat.completions.with_raw_response.create(**request, stream=True)
     result.job_id = raw.headers["spillway-job"]
@@ -68,17 +68,18 @@ async def _stream(client: AsyncOpenAI, request: dict[str, Any], seen: asyncio.Se
         if choice.delta.content:
             result.pieces.append(choice.delta.content)
             if seen:
-                seen.release()
+                seen.put_nowait(result)
         result.finish_reason = choice.finish_reason or result.finish_reason
     return result
 
 
-async def _kill_when_all_run(service: Service, seen: asyncio.Semaphore, victim: str, pieces: int) -> None:
-    for _ in range(pieces):
-        await seen.acquire()
-    workers = await asyncio.to_thread(wait_until_workers, service, 2)
-    busiest = max(workers, key=lambda worker: worker["busy_rows"])
-    os.kill(busiest[victim], signal.SIGKILL)
+async def _kill_when_all_run(service: Service, seen: asyncio.Queue[Stream], victim: str, pieces: int) -> None:
+    """The worker of the stream that has said least: what workers tell of themselves may be a second old."""
+    workers = {worker["id"]: worker for worker in await asyncio.to_thread(wait_until_workers, service, 2)}
+    began = [await seen.get() for _ in range(pieces)]
+    least = min(began, key=lambda stream: len(stream.pieces))
+    job = await asyncio.to_thread(service.get, f"/v1/jobs/{least.job_id}")
+    os.kill(workers[job["attempts"][-1]["worker"]][victim], signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ async def test_streams_go_on_token_exact_when_a_process_is_killed(
     lines = [_request(line, **sampling) for line in _lines()]
     requests = lines * (STREAMS // LINES)
     alone = [await _stream(client, request) for request in lines] * (STREAMS // LINES)
-    seen = asyncio.Semaphore(0)
+    seen: asyncio.Queue[Stream] = asyncio.Queue()
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(_stream(client, request, seen)) for request in requests]
         group.create_task(_kill_when_all_run(service, seen, victim, pieces=STREAMS * 4))
