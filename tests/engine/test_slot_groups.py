@@ -25,7 +25,7 @@ from tests.engine.engine_stage import (
 )
 from workers.engine.attention_hook import attention, install
 from workers.engine.engine import Engine
-from workers.engine.model_runner import attends_by_group, probe_slots
+from workers.engine.model_runner import CompiledSteps, attends_by_group, probe_slots
 from workers.engine.slot_cache import LayerShape, SlotCache, zeros
 from workers.engine.slot_layout import Change
 from workers.engine.slot_plan import Shape
@@ -168,6 +168,19 @@ class _ShapeReader:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         keys, values = self._cache.update_and_fetch(keys, values)
         return keys + mx.zeros((1, 1, keys.shape[2], 1)), values
+
+
+def test_traces_of_old_compositions_are_dropped_and_made_again(model: nn.Module) -> None:
+    shapes = probe_slots(model)
+    assert shapes is not None
+    steps = CompiledSteps(model, most=2)
+    said: list[mx.array] = []
+    for rows in (1, 2, 3, 1):
+        blank = mx.zeros(rows, mx.int32)
+        logits, _, _ = steps(blank, blank, blank, [zeros(shapes, rows, 32)])
+        said.append(logits[0])
+        assert len(steps) <= 2
+    assert mx.array_equal(said[0], said[3])
 
 
 def test_a_model_that_touches_the_keys_keeps_all_rows_in_one_group() -> None:

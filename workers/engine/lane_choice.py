@@ -90,11 +90,14 @@ def _slot_lane(
     half_bytes: int,
     compile_steps: bool,
 ) -> SlotLane:
+    by_group = attends_by_group(loaded.model, shapes)
+    if not by_group:
+        _log.warning("this model's attention cannot run by group; all rows share one", model=loaded.name)
     useful_tokens = row_bucket(max_rows) * capacity_bucket(loaded.context_tokens)
     half_tokens = half_bytes // sum(shape.token_bytes for shape in shapes)
     sizes = LaneSizes(
         max_rows=max_rows,
-        most_groups=MOST_GROUPS if attends_by_group(loaded.model, shapes) else 1,
+        most_groups=MOST_GROUPS if by_group else 1,
         slot_tokens=min(useful_tokens, half_tokens),
         pages=min(useful_tokens, half_tokens) // page_tokens,
         page_tokens=page_tokens,

@@ -5,6 +5,7 @@ mx.compile keeps one trace of the step per list of groups. Engine thread only.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,6 +22,12 @@ from workers.engine.slot_plan import SMALLEST_CAPACITY
 _GREEDY = Sampling(Variant(), [], [])
 _PROBE_TOKENS = (1, 2, 3, 5, 7)
 _PROBE_TOLERANCE = 0.05  # relative to the spread of the logits; a cache that is misread is off by far more
+
+
+_MOST_TRACES = 256
+_Forward = Callable[
+    [mx.array, mx.array, mx.array, list[list[mx.array]]], tuple[mx.array, mx.array, list[list[mx.array]]]
+]
 
 
 class StepOutput(NamedTuple):
@@ -40,8 +47,7 @@ class ModelRunner:
 
     def __init__(self, model: nn.Module, *, compile_steps: bool) -> None:
         self._model = model
-        forward = partial(_forward, model)
-        self._forward: Callable[..., Any] = mx.compile(forward) if compile_steps else forward
+        self._forward: _Forward = CompiledSteps(model) if compile_steps else partial(_forward, model)
         # Where compiling means running g++, the sampler's dozens of kernels are not worth their start-up time.
         self._compile_sampler = compile_steps and mx.metal.is_available()
         self._samplers: dict[Variant, Callable[..., Any]] = {}
@@ -73,6 +79,31 @@ class ModelRunner:
                 sampler = mx.compile(sampler)
             self._samplers[variant] = sampler
         return sampler
+
+
+class CompiledSteps:
+    """The step, traced once per list of groups; of `most` traces the one not used for longest is dropped."""
+
+    def __init__(self, model: nn.Module, most: int = _MOST_TRACES) -> None:
+        self._model = model
+        self._most = most
+        self._steps: OrderedDict[tuple[tuple[int, ...], ...], _Forward] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __call__(
+        self, tokens: mx.array, offsets: mx.array, live: mx.array, groups: list[list[mx.array]]
+    ) -> tuple[mx.array, mx.array, list[list[mx.array]]]:
+        shapes = tuple(arrays[0].shape for arrays in groups)
+        if shapes in self._steps:
+            self._steps.move_to_end(shapes)
+        else:
+            # A function of its own for each: what mx.compile traced is freed with the function.
+            self._steps[shapes] = mx.compile(partial(_forward, self._model))
+            if len(self._steps) > self._most:
+                self._steps.popitem(last=False)
+        return self._steps[shapes](tokens, offsets, live, groups)
 
 
 def _forward(
