@@ -20,6 +20,7 @@ from workers.engine.slot_cache import LayerShape, SlotLayer, StagedLayer, zeros
 from workers.engine.slot_plan import SMALLEST_CAPACITY
 
 _GREEDY = Sampling(Variant(), [], [])
+_MOST_SAMPLERS = 128  # there is a variant for every mix of sampling parameters
 _PROBE_TOKENS = (1, 2, 3, 5, 7)
 _PROBE_TOLERANCE = 0.05  # relative to the spread of the logits; a cache that is misread is off by far more
 
@@ -72,13 +73,13 @@ class ModelRunner:
         return StepOutput(drawn, next_offsets, new_groups, edit, logits)
 
     def _sampler(self, variant: Variant) -> Callable[..., Any]:
-        sampler = self._samplers.get(variant)
-        if sampler is None:
-            sampler = partial(sample, variant)
-            if self._compile_sampler:
-                sampler = mx.compile(sampler)
-            self._samplers[variant] = sampler
-        return sampler
+        if not self._compile_sampler:
+            return partial(sample, variant)
+        if variant not in self._samplers:
+            if len(self._samplers) >= _MOST_SAMPLERS:
+                self._samplers.clear()
+            self._samplers[variant] = mx.compile(partial(sample, variant))
+        return self._samplers[variant]
 
 
 class CompiledSteps:
