@@ -113,11 +113,13 @@ class ClaimedJob:
 class Claimed:
     """What a claim gave; `preempt` names batch jobs of this worker that stand in the way of higher work that waits.
 
-    Hand those back as preempted, then claim again.
+    Hand those back as preempted, then claim again. `is_more_left`: work may wait that had no room here; where none
+    does, the bell will tell of new work.
     """
 
     jobs: tuple[ClaimedJob, ...] = ()
     preempt: tuple[str, ...] = ()
+    is_more_left: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -337,8 +337,6 @@ class Model:
             await self.pause(what, False)
         for worker in WORKERS:
             await self.retire(worker)
-        # A worker that was emptying itself for a job that runs alone keeps that place for SOLO_HOLD_MS after it left.
-        await ask(self.redis, "DEL", self.queue.keys.of("hold", POOL))
         for job_id, job in self.jobs.items():
             if job.state is JobState.SCHEDULED:
                 await self.come_due(job_id)

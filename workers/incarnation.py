@@ -105,7 +105,7 @@ class Incarnation:
             if claimed.preempt:
                 self._preemption.begin(claimed.preempt, room)
                 self._news.set()
-            self._wants_room = not (claimed.jobs and self._is_roomy())
+            self._wants_room = claimed.is_more_left or self._room().rows <= 0  # a full worker hears no bell
             if not (claimed.jobs and self._wants_room):
                 await self._wait_for_work()
 
@@ -114,19 +114,11 @@ class Incarnation:
         room = self._parts.backend.capacity()
         return Capacity(min(room.rows, 2 * self._card.max_rows - len(self._outbox)), room.kv_tokens)
 
-    def _is_roomy(self) -> bool:
-        """Half of the worker is free: a claim that gave jobs took all that there was, and what comes now will ring.
-
-        Work that needs more than half, and waits, is asked for again when a claim gives nothing.
-        """
-        room, card = self._room(), self._card
-        return 2 * room.rows >= card.max_rows and 2 * room.kv_tokens >= card.kv_budget_tokens
-
     async def _claim(self, room: Capacity) -> Claimed:
         """What fits; a full worker asks only where it could make room."""
         may_preempt = self._holds_batch_work() and self._preemption.is_over(room)
         if room.rows <= 0 and not may_preempt:
-            return Claimed()
+            return Claimed(is_more_left=True)
         ask = functools.partial(
             self._parts.lifecycle.claim,
             self.id,

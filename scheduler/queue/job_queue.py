@@ -95,8 +95,9 @@ class JobQueue(QueueReader):
         except BaseException:
             self._unanswered[worker] = nonce
             raise
-        rows, preempt = reply
-        return Claimed(tuple(claimed_job(row) for row in rows), tuple(job_id.decode() for job_id in preempt))
+        rows, preempt, is_left = reply
+        jobs = tuple(claimed_job(row) for row in rows)
+        return Claimed(jobs, tuple(job_id.decode() for job_id in preempt), bool(is_left))
 
     async def wait_for_work(self, pool: str, timeout_s: float, *, full: bool = False) -> None:
         """Returns when the pool's bell rings for this caller (each ring wakes one), or after `timeout_s` (≤ 10 s).

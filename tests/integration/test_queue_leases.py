@@ -195,6 +195,20 @@ async def test_a_busy_worker_empties_itself_for_a_job_that_must_run_alone(queue:
     assert [one.id for one in await claim(queue, "c:1")] == [second]
 
 
+@pytest.mark.parametrize("leaves", ["expire_worker", "retire_worker"])
+async def test_a_worker_that_leaves_while_it_empties_itself_gives_its_place_to_another(
+    queue: JobQueue, leaves: str
+) -> None:
+    await enqueue(queue)
+    await claim(queue, "c:1")
+    poison = await enqueue(queue)
+    for worker in ("a:1", "b:1"):
+        assert (await lose(queue, worker)).id == poison
+    assert await claim(queue, "c:1") == []  # it has a job, and takes no other until that one ends
+    await getattr(queue, leaves)("c:1")
+    assert poison in [job.id for job in await claim(queue, "d:1")]
+
+
 async def test_a_poison_prompt_ends_as_a_dead_letter_and_drags_nobody(
     queue: JobQueue, redis: Redis, settings: Settings
 ) -> None:

@@ -67,7 +67,7 @@ async def test_a_full_worker_is_told_to_hand_back_its_newest_batch_job(queue: Jo
         await ask(redis, "HSET", queue.keys.job(job_id), "a:1", f"{1000 + number} {WORKER}")
     high = await enqueue(queue, priority=Priority.HIGH, kv_tokens=100)
     claimed = await _claim(queue, 0, kv=600)
-    assert claimed == Claimed(jobs=(), preempt=(ids[3],))
+    assert claimed == Claimed(jobs=(), preempt=(ids[3],), is_more_left=True)
     assert await _claim(queue, 0, kv=600) == claimed  # asking again changes nothing
     assert await queue.hand_back(WORKER, ids[3], 1, preempted=True)
     assert [job.id for job in (await _claim(queue, 1, kv=700)).jobs] == [high]
@@ -88,7 +88,7 @@ async def test_nobody_is_handed_back_where_all_of_them_would_not_do(queue: JobQu
     other = await enqueue(queue, priority=Priority.NORMAL, kv_tokens=100)
     assert [job.id for job in (await _claim(queue, 1, kv=800)).jobs] == [other]
     await enqueue(queue, priority=Priority.HIGH, rows=4, kv_tokens=100)
-    assert await _claim(queue, 1, kv=700) == Claimed()
+    assert await _claim(queue, 1, kv=700) == Claimed(is_more_left=True)
 
 
 async def test_an_all_batch_worker_empties_itself_for_a_job_larger_than_its_cache(queue: JobQueue) -> None:
@@ -101,14 +101,14 @@ async def test_an_all_batch_worker_empties_itself_for_a_job_larger_than_its_cach
 async def test_batch_work_gives_way_to_nobody_of_its_own_class(queue: JobQueue) -> None:
     await _batch(queue, 6)
     await _claim(queue, 4)
-    assert await _claim(queue, 0, kv=600) == Claimed()
+    assert await _claim(queue, 0, kv=600) == Claimed(is_more_left=True)
 
 
 async def test_only_who_asks_is_told_whom_to_hand_back(queue: JobQueue) -> None:
     await _batch(queue, 1)
     await _claim(queue, 1)
     await enqueue(queue, priority=Priority.HIGH, kv_tokens=950)
-    assert await queue.claim(WORKER, POOL, 1, 4, 900, KV) == Claimed()
+    assert await queue.claim(WORKER, POOL, 1, 4, 900, KV) == Claimed(is_more_left=True)
 
 
 async def test_a_preempted_job_is_first_of_its_class_and_burns_nothing(queue: JobQueue) -> None:

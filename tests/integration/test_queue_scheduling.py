@@ -9,7 +9,7 @@ import pytest
 from scheduler.job import JobState, Priority
 from scheduler.queue.job_queue import JobQueue
 from scheduler.request import Usage
-from tests.queue_cases import PLENTY, WORKER, claim, claim_one, enqueue, succeed
+from tests.queue_cases import PLENTY, POOL, WORKER, claim, claim_one, enqueue, succeed
 
 
 async def test_jobs_of_one_tenant_and_class_come_in_order(queue: JobQueue) -> None:
@@ -189,3 +189,21 @@ async def test_a_poison_job_takes_no_neighbour_beyond_its_second_loss_and_dies_a
             assert job.lost <= 2
             await succeed(queue, job, "w:9")
     assert (await queue.counts())["succeeded"] == 4
+
+
+async def test_a_claim_says_whether_work_is_left(queue: JobQueue) -> None:
+    await enqueue(queue, kv_tokens=100)
+    await enqueue(queue, kv_tokens=100)
+    first = await queue.claim("a", POOL, 1, 4, 1000, 1000)
+    assert len(first.jobs) == 1 and first.is_more_left
+    second = await queue.claim("a", POOL, 3, 4, 900, 1000)
+    assert len(second.jobs) == 1 and not second.is_more_left
+    assert not (await queue.claim("a", POOL, 2, 4, 800, 1000)).is_more_left
+
+
+async def test_batch_work_that_is_held_back_counts_as_left(queue: JobQueue) -> None:
+    await enqueue(queue, kv_tokens=900)
+    await queue.claim("a", POOL, 4, 4, 1000, 1000)
+    await enqueue(queue, priority=Priority.BATCH, kv_tokens=10)
+    held = await queue.claim("a", POOL, 3, 4, 100, 1000)
+    assert held.jobs == () and held.is_more_left

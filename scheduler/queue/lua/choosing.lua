@@ -64,7 +64,9 @@ end
 -- Batch work waits while the KV cache is well used, until the other classes got a whole cache's worth ahead of it.
 local function is_held_back(asker, reached, pass)
   if asker.total_kv <= 0 or asker.total_kv - asker.kv < asker.kv_threshold * asker.total_kv then return false end
-  return reached - pass < asker.total_kv
+  if reached - pass >= asker.total_kv then return false end
+  asker.holds_back = true
+  return true
 end
 
 local function in_class(asker, class, least)

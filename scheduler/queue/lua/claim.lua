@@ -1,5 +1,6 @@
 -- Gives a worker what fits: renews its lease, then lanes, classes by stride, tenants by least service, FIFO inside.
--- Returns one {id, attempt, body, class, tenant, rows, lost, deadline, fails} per job, and ids of jobs to hand back.
+-- Returns one {id, attempt, body, class, tenant, rows, lost, deadline, fails} per job, ids of jobs to hand back, and 1
+-- where work may be left that found no room here.
 local asker = { worker = ARGV[1], pool = ARGV[4], own = $own .. ARGV[1], rows = tonumber(ARGV[5]),
   total_rows = tonumber(ARGV[6]), kv = tonumber(ARGV[7]), total_kv = tonumber(ARGV[8]),
   urgent_slack = tonumber(ARGV[10]), kv_threshold = tonumber(ARGV[11]),
@@ -85,16 +86,17 @@ local function note_rate()
 end
 
 local jobs = repeated()
-if jobs then return { jobs, {} } end
+if jobs then return { jobs, {}, 1 } end
 look_at_lanes(asker)
-if asker.paused.all then return { {}, {} } end
+if asker.paused.all then return { {}, {}, 0 } end
 load_passes(asker)
 asker.holds = redis.call('HLEN', asker.own)
 asker.idle = asker.holds == 0
-local more, preempt = nil, {}
-if not solo() and (asker.rows > 0 or may_preempt) then more, preempt = fill() end
+local more, preempt, alone = nil, {}, solo()
+if not alone and (asker.rows > 0 or may_preempt) then more, preempt = fill() end
+local is_left = (more or alone or asker.holds_back) and 1 or 0
 jobs = asker.jobs
-if #jobs == 0 then return { jobs, preempt } end
+if #jobs == 0 then return { jobs, preempt, is_left } end
 
 local ids = nonce
 for _, job in ipairs(jobs) do ids = ids .. ' ' .. job[1] end
@@ -105,4 +107,4 @@ give_all(asker)
 save_passes(asker)
 note_rate()
 if more then ring(asker.pool, more) end
-return { with_bodies(jobs), preempt }
+return { with_bodies(jobs), preempt, is_left }

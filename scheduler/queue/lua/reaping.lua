@@ -18,6 +18,8 @@ local function forget_worker(worker)
   settle()
   for _, stream in ipairs(redis.call('SMEMBERS', $touched .. worker)) do
     redis.pcall('XGROUP', 'DELCONSUMER', stream, $group, worker)
+    local hold = $hold .. string.match(string.sub(stream, #($queue) + 1), '^[^:]+')
+    if redis.call('GET', hold) == worker then redis.call('DEL', hold) end  -- it empties itself no more
   end
   redis.call('DEL', $own .. worker, $cancels .. worker, $lastclaim .. worker, $touched .. worker)
   redis.call('ZREM', $lease, worker)
