@@ -62,6 +62,8 @@ class Settings(BaseSettings):
     max_rows: int = Field(default=32, ge=1, le=512)
     page_tokens: int = Field(default=32, ge=8, le=256)
     kv_budget_bytes: int | None = Field(default=None, ge=1 << 20)
+    kv_disk_bytes: int = Field(default=4 << 30, ge=0)  # KV pages kept below `home`, all models together; 0: none
+    prefix_sharing: Literal["tenant", "all"] = "tenant"  # who finds whose prompts' KV; a hit is faster, so it shows
     prefill_stall_ms: int = Field(default=120, ge=1)
     engine_threads: int | None = Field(default=None, ge=1)
     engine_hang_s: float = Field(default=60.0, gt=0)

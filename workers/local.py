@@ -121,7 +121,8 @@ class LocalBackend:
         self._held[job.id, job.attempt] = _HeldJob(rows=max(1, job.rows - finished))
         self._account.submit(len(job.body) // _BYTES_PER_TOKEN + _OUTPUT_TOKENS)
         rank = _RANKS[job.priority]
-        await self._send(pipe, Submit(job.id, job.attempt, job.body, priority_rank=rank, progress=progress))
+        tag = job.tenant if self._settings.prefix_sharing == "tenant" else ""
+        await self._send(pipe, Submit(job.id, job.attempt, job.body, rank, progress, tag))
 
     async def cancel(self, job_id: str, attempt: int) -> None:
         if self._held.pop((job_id, attempt), None) is not None:

@@ -218,7 +218,7 @@ def assert_all_free(on: Stage) -> None:
     """No sequence holds anything: every page in use is held by the prefix cache alone."""
     assert on.engine.busy_rows == 0 and on.engine.waiting == 0
     lane = slot_lane(on)
-    lane.page_table.check_integrity([lane.prefix_cache.cached_pages()])
+    lane.pages.check_integrity([])
 
 
 def outcomes(on: Stage, names: Iterable[str]) -> list[list[int]]:

@@ -69,7 +69,7 @@ def test_the_kv_budget_is_split_between_rows_and_pages() -> None:
     assert isinstance(on.engine.lane, SlotLane)
     half_tokens = (1 << 19) // token_bytes
     assert on.engine.kv_budget_tokens == half_tokens
-    assert on.engine.lane.page_table.total == half_tokens // 16
+    assert on.engine.lane.pages.table.total == half_tokens // 16
 
 
 IN_SLOTS = {"llama", "qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3"}

@@ -67,7 +67,7 @@ def test_choices_of_one_job_hold_the_same_prompt_pages(model: nn.Module) -> None
     on.run(until=lambda: len(_running(on.engine)) == 4)
     tables = [sequence.block_table[:5] for sequence in _running(on.engine)]
     assert len(tables) == 4 and all(table == tables[0] and len(table) == 5 for table in tables)
-    assert [slot_lane(on).page_table.references(page) for page in tables[0]] == [5] * 5  # four choices and the cache
+    assert [slot_lane(on).pages.table.references(page) for page in tables[0]] == [5] * 5  # four choices and the cache
     assert on.engine.stats()["prefill_tokens"] == 40
     on.run()
     assert_all_free(on)
@@ -89,12 +89,12 @@ def _running(engine: object) -> list[Sequence]:
 
 def test_pages_in_use_survive_while_the_oldest_unused_make_room(model: nn.Module) -> None:
     on = stage(model, max_rows=2, kv_budget_bytes=1 << 18)
-    total = slot_lane(on).page_table.total
+    total = slot_lane(on).pages.table.total
     on.add(job("keeper", prompt(1, 40), greedy(200)))
     for turn in range(3 * total // 10):
         on.add(job(f"job-{turn}", prompt(100 + turn, 80), greedy(2)))
         on.run(until=lambda turn=turn: on.jobs[f"job-{turn}"].usage is not None)
     on.run()
-    assert slot_lane(on).page_table.used <= total
+    assert slot_lane(on).pages.table.used <= total
     assert on.jobs["keeper"].tokens == reference(model, prompt(1, 40), 200)
     assert_all_free(on)

@@ -9,6 +9,7 @@ The engine asks `schedule` once per step and reports back what a prefill cost. N
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from workers.engine.sequence import Phase, Sequence, in_service_order
@@ -115,14 +116,19 @@ class BatchScheduler:
         sequence.prefilled = 0
         self.add(sequence)
 
-    def admit(self) -> list[Sequence]:
-        """Move what fits now from waiting to prefilling, in order; the first that does not fit holds the rest."""
+    def admit(self, is_ready: Callable[[Sequence], bool] = lambda _: True) -> list[Sequence]:
+        """Move what fits now from waiting to prefilling, in order; the first that does not fit holds the rest.
+
+        What is not ready, its pages being on their way, is passed over.
+        """
         admitted: list[Sequence] = []
         for sequence in list(self.waiting):
             if not self._fits(sequence):
                 break
             if any(_worth_waiting_for(other, sequence) for other in self.prefilling):
                 continue  # what it prefills now will be found in the prefix cache
+            if not is_ready(sequence):
+                continue
             self.waiting.remove(sequence)
             self.prefilling.append(sequence)
             sequence.phase = Phase.PREFILL
@@ -200,7 +206,7 @@ def _worth_waiting_for(other: Sequence, sequence: Sequence) -> bool:
     """Whether `other` is prefilling enough of the same beginning that doing it twice would take longer."""
     if other.job_id == sequence.job_id:
         return True
-    if other.priority_rank > sequence.priority_rank:
+    if other.priority_rank > sequence.priority_rank or other.isolation != sequence.isolation:
         return False
     needed = other.cached_tokens + SHARED_TOKENS_WORTH_WAITING
     return len(sequence.prompt_ids) > needed and other.prompt_ids[:needed] == sequence.prompt_ids[:needed]

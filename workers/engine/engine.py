@@ -30,6 +30,7 @@ from workers.engine.lane import Lane
 from workers.engine.lane_choice import choose_lane
 from workers.engine.loader import LoadedModel
 from workers.engine.logprobs import LogprobReader
+from workers.engine.page_setup import DiskTier, PageChoices
 from workers.engine.sampler import NO_TOKEN
 from workers.engine.sequence import JobRun, Phase, PreparedJob, Sequence, SequenceLimits, build_run
 
@@ -37,6 +38,7 @@ __all__ = ["Engine", "EngineConfig", "PreparedJob"]
 
 _log = get_logger(__name__)
 _WARM_PREFILL_TOKENS = 64
+_PAGES_WAIT_S = 0.01  # with nothing to run, for pages that a join waits for
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class EngineConfig:
     prefill_stall_ms: int = 120
     compile: bool = True
     wired: bool = False  # pin memory on Metal; never forced, see metal.py
+    disk: DiskTier | None = None
 
     @staticmethod
     def from_settings(settings: Settings) -> EngineConfig:
@@ -58,6 +61,7 @@ class EngineConfig:
             kv_budget_bytes=settings.kv_budget_bytes,
             prefill_stall_ms=settings.prefill_stall_ms,
             compile=settings.compile,
+            disk=DiskTier.from_settings(settings),
         )
 
 
@@ -79,7 +83,7 @@ class Engine:
         self.lane: Lane = choose_lane(
             loaded,
             max_rows=config.max_rows,
-            page_tokens=config.page_tokens,
+            pages=PageChoices(config.page_tokens, config.disk),
             kv_budget_bytes=config.kv_budget_bytes,
             compile_steps=config.compile,
         )
@@ -167,6 +171,7 @@ class Engine:
         for sequence in run.sequences:
             if not sequence.is_finished:
                 self._scheduler.add(sequence)
+                self.lane.expect(sequence)
         gains = [delta for sequence in run.sequences if (delta := sequence.take_delta()) is not None]
         self._tell(run, gains)
 
@@ -235,16 +240,18 @@ class Engine:
         while (victim := self._scheduler.victim()) is not None:
             self.lane.vacate(victim)
             self._scheduler.send_back(victim)
+            self.lane.expect(victim)
             self._counted.preemptions += 1
 
     def _launch(self) -> DecodeFlight | PrefillFlight | None:
-        for sequence in self._scheduler.admit():
+        for sequence in self._scheduler.admit(self.lane.is_ready):
             self.lane.begin(sequence)
             self._counted.cached_tokens += sequence.prefilled
         self._seat_ready()
         decision = self._scheduler.schedule()
         match decision:
             case Idle():
+                self.lane.await_pages(_PAGES_WAIT_S)
                 return None
             case Decode():
                 return self.lane.decode()

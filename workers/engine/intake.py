@@ -119,4 +119,5 @@ class Intake:
             request=request,
             priority_rank=submit.priority_rank,
             progress=submit.progress,
+            isolation=submit.isolation,
         )

@@ -82,6 +82,12 @@ class KvPages:
         read = self._reads.get(owner)
         return read is None or read.is_ready
 
+    def await_pages(self, timeout_s: float) -> None:
+        """Wait for a read that somebody expects; returns at once where nobody does."""
+        for read in self._reads.values():
+            read.done.wait(timeout_s)
+            return
+
     def find(self, owner: Hashable, tokens: Items[int], isolation: str = "") -> list[int]:
         """Pages of the longest known prefix of full pages; the caller owns one new reference to each."""
         pages = self.cache.match(tokens, isolation)

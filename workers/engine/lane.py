@@ -1,6 +1,6 @@
 """What the engine asks of a lane, the thing that holds KV and runs forward passes for its sequences.
 
-    begin → prefill* → seat → decode* → vacate        reset: after a failed step, everything is given up
+    expect → begin → prefill* → seat → decode* → vacate        reset: after a failed step, everything is given up
 
 Two lanes: slot_lane batches models whose caches are plain KV; sequential_lane runs any other model, one row at a time.
 """
@@ -30,6 +30,18 @@ class Lane(Protocol):
 
     def warm_next(self) -> bool:
         """Prepare one more usual shape, in milliseconds; False when all are."""
+        ...
+
+    def expect(self, sequence: Sequence) -> None:
+        """The sequence waits: begin to fetch what is known of it from where that takes time."""
+        ...
+
+    def is_ready(self, sequence: Sequence) -> bool:
+        """Whether `begin` would find all that was fetched for it, or has waited long enough."""
+        ...
+
+    def await_pages(self, timeout_s: float) -> None:
+        """Nothing can run: wait for what is being fetched, if anything is."""
         ...
 
     def begin(self, sequence: Sequence) -> None:

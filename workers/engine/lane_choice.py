@@ -23,6 +23,7 @@ from workers.engine.lane import Lane
 from workers.engine.loader import LoadedModel
 from workers.engine.model_files import one_line
 from workers.engine.model_runner import ModelRunner, attends_by_group, compiles, probe_slots
+from workers.engine.page_setup import PageChoices, set_up_pages
 from workers.engine.row_lane import RowLane, probe_rows
 from workers.engine.row_layers import cache_bytes
 from workers.engine.sequential_lane import SequentialLane
@@ -37,14 +38,14 @@ _TRIAL_IDS = (1, 2)
 
 
 def choose_lane(
-    loaded: LoadedModel, *, max_rows: int, page_tokens: int, kv_budget_bytes: int | None, compile_steps: bool
+    loaded: LoadedModel, *, max_rows: int, pages: PageChoices, kv_budget_bytes: int | None, compile_steps: bool
 ) -> Lane:
     """The fastest lane in which the model computes what it computes alone; raises StartupError if there is none."""
     caches = _tried_caches(loaded)
     half_bytes = (metal.default_kv_budget_bytes() if kv_budget_bytes is None else kv_budget_bytes) // 2
     shapes = probe_slots(loaded.model)
     if shapes is not None:
-        return _slot_lane(loaded, shapes, max_rows, page_tokens, half_bytes, compile_steps)
+        return _slot_lane(loaded, shapes, max_rows, pages, half_bytes, compile_steps)
     layers = probe_rows(loaded.model)
     if layers is not None:
         return RowLane(loaded.model, layers, _row_sizes(loaded, caches, max_rows, half_bytes))
@@ -86,7 +87,7 @@ def _slot_lane(
     loaded: LoadedModel,
     shapes: tuple[LayerShape, ...],
     max_rows: int,
-    page_tokens: int,
+    pages: PageChoices,
     half_bytes: int,
     compile_steps: bool,
 ) -> SlotLane:
@@ -99,15 +100,13 @@ def _slot_lane(
         max_rows=max_rows,
         most_groups=MOST_GROUPS if by_group else 1,
         slot_tokens=min(useful_tokens, half_tokens),
-        pages=min(useful_tokens, half_tokens) // page_tokens,
-        page_tokens=page_tokens,
         vocab_size=loaded.vocab_size,
     )
     if compile_steps and not compiles(loaded.model, shapes):
         _log.warning("this model's step cannot be compiled; it runs uncompiled", model=loaded.name)
         compile_steps = False
-    salt = f"{loaded.path}\0{shapes[0].dtype}"
-    return SlotLane(ModelRunner(loaded.model, compile_steps=compile_steps), shapes, sizes, salt)
+    store = set_up_pages(loaded, shapes, sizes.slot_tokens, pages)
+    return SlotLane(ModelRunner(loaded.model, compile_steps=compile_steps), shapes, sizes, store)
 
 
 def _row_sizes(loaded: LoadedModel, caches: Items[Any], max_rows: int, half_bytes: int) -> RowSizes:

@@ -18,13 +18,17 @@ MAX_FRAME_BYTES = 256 * 2**20
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
-    """Run this job. `body` is an encoded InferenceRequest; `priority_rank` 0 is the highest class."""
+    """Run this job. `body` is an encoded InferenceRequest; `priority_rank` 0 is the highest class.
+
+    `isolation`: KV is shared with jobs of the same tag only.
+    """
 
     job_id: str
     attempt: int
     body: bytes
     priority_rank: int = 1
     progress: tuple[ChoiceProgress, ...] = ()
+    isolation: str = ""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):

@@ -49,6 +49,15 @@ class RowLane:
     def warm_next(self) -> bool:
         return False
 
+    def expect(self, sequence: Sequence) -> None:
+        """Nothing is kept where it takes time to get."""
+
+    def is_ready(self, sequence: Sequence) -> bool:
+        return True
+
+    def await_pages(self, timeout_s: float) -> None:
+        """Nothing is fetched."""
+
     def begin(self, sequence: Sequence) -> None:
         self._prompts.begin(sequence)
 

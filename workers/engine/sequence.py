@@ -35,6 +35,7 @@ class PreparedJob:
     request: InferenceRequest
     priority_rank: int = 1
     progress: tuple[ChoiceProgress, ...] = ()
+    isolation: str = ""  # who may share KV with it: those with the same tag
 
 
 class Phase(enum.Enum):
@@ -62,6 +63,7 @@ class Sequence:
     stop_ids: frozenset[int]
     priority_rank: int = 1
     arrival: int = 0
+    isolation: str = ""
     emitted: list[int] = field(default_factory=list[int])
     block_table: list[int] = field(default_factory=list[int])
     phase: Phase = Phase.WAITING
@@ -189,6 +191,7 @@ def build_run(
             stop_ids=stop_ids,
             priority_rank=job.priority_rank,
             arrival=arrival,
+            isolation=job.isolation,
         )
         sequence.replay(progress if progress is not None else ChoiceProgress(index))
         run.sequences.append(sequence)

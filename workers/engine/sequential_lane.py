@@ -34,6 +34,15 @@ class SequentialLane:
     def warm_next(self) -> bool:
         return False
 
+    def expect(self, sequence: Sequence) -> None:
+        """Nothing is kept anywhere else."""
+
+    def is_ready(self, sequence: Sequence) -> bool:
+        return True
+
+    def await_pages(self, timeout_s: float) -> None:
+        """Nothing is fetched."""
+
     def begin(self, sequence: Sequence) -> None:
         self._caches.begin(sequence)
 

@@ -15,11 +15,9 @@ import numpy as np
 
 from workers.engine.batch_scheduler import Chunk
 from workers.engine.flight import DecodeFlight
+from workers.engine.kv_pages import KvPages
 from workers.engine.logprobs import LogprobFlight, launch_logprobs
 from workers.engine.model_runner import ModelRunner
-from workers.engine.page_store import PageStore
-from workers.engine.page_table import PageTable
-from workers.engine.prefix_cache import PrefixCache
 from workers.engine.sampler import Sampling, build_sampling
 from workers.engine.sequence import Sequence
 from workers.engine.slot_cache import LayerShape, SlotCache, zeros
@@ -39,8 +37,6 @@ class LaneSizes:
     max_rows: int
     most_groups: int
     slot_tokens: int
-    pages: int
-    page_tokens: int
     vocab_size: int
 
 
@@ -55,23 +51,20 @@ class _DeviceRows:
 
 
 class SlotLane:
-    def __init__(self, runner: ModelRunner, shapes: Items[LayerShape], sizes: LaneSizes, salt: str) -> None:
+    def __init__(self, runner: ModelRunner, shapes: Items[LayerShape], sizes: LaneSizes, pages: KvPages) -> None:
         self._runner = runner
         self._shapes = tuple(shapes)
         self._sizes = sizes
-        self._salt = salt
+        self.pages = pages
         self.max_rows = sizes.max_rows
         self.slot_tokens = sizes.slot_tokens
         self.most_groups = sizes.most_groups
         self._layout = SlotLayout(sizes.most_groups, sizes.slot_tokens)
         self._slots = SlotCache(self._shapes)
-        self._store = PageStore(self._shapes, sizes.pages, sizes.page_tokens)
         self._cold: list[Shape] = []
         self._new_books()
 
     def _new_books(self) -> None:
-        self.page_table = PageTable(self._sizes.pages)
-        self.prefix_cache = PrefixCache(self.page_table, self._sizes.page_tokens, self._salt)
         self._staged: dict[Sequence, list[mx.array]] = {}
         self._layout.clear()
         self._slots.clear()
@@ -90,7 +83,7 @@ class SlotLane:
 
     def warm_next(self) -> bool:
         if not self._cold:
-            return False
+            return self.pages.spill()
         self._warm_step((self._cold.pop(),))
         return True
 
@@ -102,16 +95,24 @@ class SlotLane:
         shapes = [Shape(r, c) for r in sorted(rows, reverse=True) for c in sorted(capacities, reverse=True)]
         return [shape for shape in shapes if shape.tokens <= most]
 
+    def expect(self, sequence: Sequence) -> None:
+        self.pages.expect(sequence, sequence.tokens[: sequence.prefill_target], sequence.isolation)
+
+    def is_ready(self, sequence: Sequence) -> bool:
+        return self.pages.is_ready(sequence)
+
+    def await_pages(self, timeout_s: float) -> None:
+        self.pages.await_pages(timeout_s)
+
     def begin(self, sequence: Sequence) -> None:
-        tokens = sequence.tokens
         # The last token is never taken from the cache: its logits are what the next step is about.
-        pages = self.prefix_cache.match(tokens[: sequence.prefill_target])
+        pages = self.pages.find(sequence, sequence.tokens[: sequence.prefill_target], sequence.isolation)
         sequence.block_table = pages
-        sequence.prefilled = len(pages) * self._sizes.page_tokens
+        sequence.prefilled = len(pages) * self.pages.page_tokens
         sequence.cached_tokens = max(sequence.cached_tokens, sequence.prefilled)
         staged = zeros(self._shapes, 1, max(SMALLEST_CAPACITY, power_bucket(sequence.length)))
         if pages:
-            for at, known in enumerate(self._store.gather(pages)):
+            for at, known in enumerate(self.pages.gather(pages)):
                 staged[at][:, :, : sequence.prefilled] = known
         self._staged[sequence] = staged
 
@@ -139,7 +140,7 @@ class SlotLane:
         self._rearrange(self._layout.step())
         if self._written:
             # Nothing may still read the slots when the step begins, or it would have to copy them all.
-            mx.eval(self._store.slabs)
+            mx.eval(self.pages.store.slabs)
             self._written = False
         device = self._device_rows()
         out = self._runner.decode(device.tokens, device.offsets, device.live, self._slots.groups, device.sampling)
@@ -151,9 +152,10 @@ class SlotLane:
         return DecodeFlight(rows, out.tokens, logprobs)
 
     def vacate(self, sequence: Sequence) -> None:
+        self.pages.forget(sequence)
         self._staged.pop(sequence, None)
         if sequence in self._layout.rows:
-            known = len(sequence.block_table) * self._sizes.page_tokens
+            known = len(sequence.block_table) * self.pages.page_tokens
             valid = sequence.length - 1
             rows = self._slots.row_tokens(*self._layout.place(sequence), known, valid)
             self._write_pages(sequence, rows, known, valid)
@@ -162,33 +164,29 @@ class SlotLane:
             if not self._layout.seated:
                 self._layout.clear()
                 self._slots.clear()
-        self.page_table.release(sequence.block_table)
-        sequence.block_table = []
+        self.pages.release(sequence.block_table)
 
     def reset(self) -> None:
         for sequence in [*self._staged, *self._layout.seated]:
             sequence.block_table = []
-        self._store.clear()
+        self.pages.reset()
         self._new_books()
 
     def stats(self) -> dict[str, float]:
         return {
-            "pages_used": self.page_table.used,
-            "pages_free": self.page_table.free,
-            "pages_cached": len(self.prefix_cache),
+            **self.pages.stats(),
             "slot_rows": sum(shape.rows for shape in self._layout.shapes),
             "slot_capacity": max((shape.capacity for shape in self._layout.shapes), default=0),
             "slot_groups": len(self._layout.groups),
             "slot_tokens": sum(shape.tokens for shape in self._layout.shapes),
             "slot_bytes": self._slots.nbytes,
-            "kv_bytes": self._slots.nbytes + self._store.nbytes,
+            "kv_bytes": self._slots.nbytes + self.pages.store.nbytes,
         }
 
     def check_integrity(self) -> None:
         seated = [sequence.block_table for sequence in self._layout.seated]
         staged = [sequence.block_table for sequence in self._staged]
-        self.page_table.check_integrity([self.prefix_cache.cached_pages(), *seated, *staged])
-        self.prefix_cache.check_integrity()
+        self.pages.check_integrity([*seated, *staged])
 
     def _prefill_together(self, group: list[Chunk]) -> list[mx.array]:
         """One forward pass for chunks that start at the same column of equally long staging arrays."""
@@ -202,16 +200,10 @@ class SlotLane:
 
     def _write_pages(self, sequence: Sequence, rows: Items[mx.array], first: int, valid: int) -> None:
         """Write the full pages that the block table lacks from `rows`, which start at token `first`."""
-        size = self._sizes.page_tokens
-        known = len(sequence.block_table)
-        pages = self.prefix_cache.allocate(max(0, valid // size - known))
-        if pages:
-            start, stop = known * size - first, (known + len(pages)) * size - first
-            self._store.write(pages, [row[:, :, start:stop] for row in rows])
-            mx.async_eval(self._store.slabs)
-            sequence.block_table.extend(pages)
+        table = sequence.block_table
+        if self.pages.keep(sequence.tokens, table, rows, first, valid, sequence.isolation):
+            mx.async_eval(self.pages.store.slabs)
             self._written = True
-        self.prefix_cache.insert(sequence.tokens, sequence.block_table)
 
     def _rearrange(self, change: Change | None) -> None:
         if change is not None:
