@@ -9,7 +9,7 @@ thread only.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Items
 
 import mlx.core as mx
@@ -38,7 +38,7 @@ def page_layout(shapes: Items[LayerShape], page_tokens: int) -> tuple[TensorLayo
 
 
 class KvPages:
-    """`table` and `cache` are the books, `store` the arrays; `disk` may be None."""
+    """`table` and `cache` are the books, `store` the arrays; `on_evict` hears of pages that go."""
 
     def __init__(
         self,
@@ -55,6 +55,7 @@ class KvPages:
         self._disk = disk
         self.page_tokens = page_tokens
         self.store = PageStore(shapes, pages, page_tokens)
+        self.on_evict: Callable[[list[CachedPage]], None] | None = None
         self._reads: dict[Hashable, PageRead] = {}
         self.ram_hits = self.disk_hits = 0
         self._evictions = 0
@@ -62,9 +63,7 @@ class KvPages:
 
     def _new_books(self) -> None:
         self.table = PageTable(self._pages)
-        self.cache = PrefixCache(
-            self.table, self.page_tokens, self._salt, worth=self._worth, on_evict=self._spill_evicted
-        )
+        self.cache = PrefixCache(self.table, self.page_tokens, self._salt, worth=self._worth, on_evict=self._evicted)
 
     def expect(self, owner: Hashable, tokens: Items[int], isolation: str = "") -> None:
         """Begin to read from disk what `find` with the same arguments will look for and memory lacks."""
@@ -185,8 +184,13 @@ class KvPages:
         assert self._disk is not None
         return min(self._disk.room, max(1, _SPILL_BYTES // max(1, self.store.page_bytes)))
 
-    def _spill_evicted(self, nodes: list[CachedPage]) -> None:
-        """Parents leave after their children and are worth more: of the last ones as many go as there is room for."""
+    def _evicted(self, nodes: list[CachedPage]) -> None:
+        """Tell whoever keeps something beside the pages, and the disk.
+
+        Parents leave after their children and are worth more: of the last ones as many go as there is room for.
+        """
+        if self.on_evict is not None:
+            self.on_evict(nodes)
         if self._disk is None:
             return
         wanted = [node for node in nodes if node.uses >= STORABLE_USES and not self._disk.has(node.name.key)]

@@ -23,7 +23,7 @@ from workers.engine.lane import Lane
 from workers.engine.loader import LoadedModel
 from workers.engine.model_files import one_line
 from workers.engine.model_runner import ModelRunner, attends_by_group, compiles, probe_slots
-from workers.engine.page_setup import PageChoices, set_up_pages
+from workers.engine.page_setup import PageChoices, set_up_pages, set_up_snapshots
 from workers.engine.row_lane import RowLane, probe_rows
 from workers.engine.row_layers import cache_bytes
 from workers.engine.sequential_lane import SequentialLane
@@ -47,11 +47,12 @@ def choose_lane(
     if shapes is not None:
         return _slot_lane(loaded, shapes, max_rows, pages, half_bytes, compile_steps)
     layers = probe_rows(loaded.model)
+    snapshots = set_up_snapshots(loaded, caches, half_bytes, pages)
     if layers is not None:
-        return RowLane(loaded.model, layers, _row_sizes(loaded, caches, max_rows, half_bytes))
+        return RowLane(loaded.model, layers, _row_sizes(loaded, caches, max_rows, half_bytes), snapshots)
     kinds = ", ".join(cache_kinds(caches))
     _log.warning("this model's caches cannot be batched; its rows take turns", model=loaded.name, caches=kinds)
-    return SequentialLane(loaded.model, _row_sizes(loaded, caches, min(max_rows, _MOST_TURNS), half_bytes))
+    return SequentialLane(loaded.model, _row_sizes(loaded, caches, min(max_rows, _MOST_TURNS), half_bytes), snapshots)
 
 
 def kv_bytes(loaded: LoadedModel) -> tuple[int, int]:

@@ -96,7 +96,8 @@ class PageStore:
         """
         rows: list[mx.array] = [mx.zeros(0)] * self._arrays
         for kind, blocks in zip(self.kinds, self._take(pages), strict=True):
-            joined = blocks.transpose(1, 2, 0, 3, 4).reshape(len(kind.arrays), 1, kind.kv_heads, -1, kind.head_dim)
+            shape = (len(kind.arrays), 1, kind.kv_heads, len(pages) * self._page_tokens, kind.head_dim)
+            joined = blocks.transpose(1, 2, 0, 3, 4).reshape(shape)
             for at, place in enumerate(kind.arrays):
                 rows[place] = joined[at]
         mx.eval(rows)

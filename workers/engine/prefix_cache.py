@@ -67,8 +67,11 @@ class PrefixCache:
         known = next((at for at, name in enumerate(names) if self._find(name) is None), len(names))
         return names, known
 
-    def match(self, tokens: Sequence[int], isolation: str = "") -> list[int]:
-        """Pages of the longest known prefix of full pages; the caller owns one new reference to each."""
+    def match(self, tokens: Sequence[int], isolation: str = "", *, counted: bool = True) -> list[int]:
+        """Pages of the longest known prefix of full pages; the caller owns one new reference to each.
+
+        Not `counted`: nobody asked, somebody adds to them.
+        """
         found: list[CachedPage] = []
         for name in chain(self.root(isolation), tokens, self._page_tokens):
             node = self._find(name)
@@ -76,8 +79,8 @@ class PrefixCache:
                 break
             found.append(node)
         for node in found:
-            node.uses += 1
-            if node.uses == STORABLE_USES:
+            node.uses += counted
+            if counted and node.uses == STORABLE_USES:
                 self._asked_again[node.name.key] = node
         self._touch(found)
         pages = [node.page for node in found]

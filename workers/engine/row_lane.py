@@ -1,7 +1,7 @@
 """The batching lane for models that keep more than plain KV: sliding windows, recurrent states, lists of caches.
 
 Prompts are prefilled one by one in mlx_lm's own caches and copied into a row when complete; all rows then decode in
-one forward pass. No pages: a row that is sent back starts over. Engine thread only.
+one forward pass. What a row has read is kept at the ends of its turns, see snapshots. Engine thread only.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from workers.engine.prompt_caches import PromptCaches
 from workers.engine.row_layers import RowLayers, UnbatchableCache
 from workers.engine.sequence import Sequence
 from workers.engine.slot_plan import capacity_bucket, row_bucket
+from workers.engine.snapshots import Snapshots
 
 _PROBE_IDS = (1, 2, 3, 5, 7)
 _PROBE_ROWS = (0, 2, 4)  # how many of them each row has read before the step
@@ -30,10 +31,11 @@ _SHRINK_BELOW = 0.5
 class RowLane:
     most_groups = 1  # all rows have the same columns
 
-    def __init__(self, model: nn.Module, layers: RowLayers, sizes: RowSizes) -> None:
+    def __init__(self, model: nn.Module, layers: RowLayers, sizes: RowSizes, snapshots: Snapshots | None) -> None:
         self._model = model
         self._layers = layers
         self._sizes = sizes
+        self._snapshots = snapshots
         self.max_rows = sizes.max_rows
         self.slot_tokens = sizes.slot_tokens
         self.reset()
@@ -67,6 +69,7 @@ class RowLane:
     def seat(self, sequences: Items[Sequence]) -> None:
         self._fit_shape(sequences)
         for sequence in sequences:
+            self._prompts.complete(sequence)
             new = self._layers.row_of(self._prompts.take(sequence), self._capacity)
             start = mx.array([self._rows.seat(sequence)])
             pairs = zip(self._arrays, new, strict=True)
@@ -75,28 +78,47 @@ class RowLane:
     def decode(self) -> DecodeFlight:
         self._fit_shape(())
         inputs = self._rows.inputs()
+        for _, sequence in self._rows.seated:
+            self._read[sequence] = sequence.length
         logits, self._arrays = _step(self._model, self._layers, inputs.tokens, inputs.offsets, self._arrays)
         return self._rows.draw(logits, self._arrays)
 
     def vacate(self, sequence: Sequence) -> None:
         self._prompts.drop(sequence)
         if sequence in self._rows:
+            self._keep(sequence, self._read.pop(sequence, sequence.prefill_target))
             self._rows.leave(sequence)
 
     def reset(self) -> None:
-        self._prompts = PromptCaches(self._model)
+        if self._snapshots is not None:
+            self._snapshots.reset()
+        self._prompts = PromptCaches(self._model, self._snapshots)
+        self._read: dict[Sequence, int] = {}  # tokens that the rows have read, a step in flight included
         self._rows = DecodeRows(self._sizes.vocab_size)
         self._capacity = 0
         self._arrays: list[mx.array] = []
 
     def stats(self) -> dict[str, float]:
         held = sum(array.nbytes for array in self._arrays) + self._prompts.nbytes
-        return {"slot_rows": len(self._rows), "slot_capacity": self._capacity, "kv_bytes": held}
+        kept = {} if self._snapshots is None else self._snapshots.stats()
+        held += 0 if self._snapshots is None else self._snapshots.nbytes
+        return {**kept, "slot_rows": len(self._rows), "slot_capacity": self._capacity, "kv_bytes": held}
 
     def check_integrity(self) -> None:
+        if self._snapshots is not None:
+            self._snapshots.check_integrity()
         for row, sequence in self._rows.seated:
             assert sequence not in self._prompts, "a sequence is in a row and under prefill"
             assert sequence.length <= self._capacity + 1 and row < self._arrays[0].shape[0], "a row is too short"
+
+    def _keep(self, sequence: Sequence, tokens: int) -> None:
+        """The end of an answer: the next turn begins with what this row has read."""
+        if self._snapshots is None:
+            return
+        row = next(row for row, seated in self._rows.seated if seated is sequence)
+        caches = make_prompt_cache(self._model)
+        self._layers.fill(caches, [array[row : row + 1] for array in self._arrays], tokens)
+        self._snapshots.keep(sequence, caches, tokens)
 
     def _fit_shape(self, joining: Items[Sequence]) -> None:
         """Grow when rows or columns are short; shrink when half of either would do."""

@@ -81,6 +81,14 @@ class KVLayer:
             return self.blank(1, capacity)
         return [self._in_columns(array, cache, capacity) for array in (cache.keys, cache.values)]
 
+    def fill(self, cache: Any, arrays: Iterator[mx.array], tokens: int) -> None:
+        """Let a fresh cache hold what one row holds after `tokens` tokens: the inverse of `row_of`."""
+        keys, values = (self._in_order(next(arrays), tokens) for _ in range(2))
+        if isinstance(cache, RotatingKVCache):
+            cache.state = (keys, values, tokens, cache.keep, cache.max_size, keys.shape[2])
+        else:
+            cache.state = (keys, values, tokens)
+
     def with_capacity(self, array: mx.array, capacity: int) -> mx.array:
         return _with_columns(array, self._columns(capacity))
 
@@ -100,6 +108,10 @@ class KVLayer:
         oldest = max(0, cache.offset - columns)
         return mx.roll(array, oldest % columns, 2) if oldest else array
 
+    def _in_order(self, array: mx.array, tokens: int) -> mx.array:
+        columns = array.shape[2]
+        return array[:, :, :tokens] if tokens <= columns else mx.roll(array, -(tokens % columns), 2)
+
 
 @dataclass(frozen=True, slots=True)
 class StateLayer:
@@ -118,6 +130,10 @@ class StateLayer:
 
     def row_of(self, cache: Any, capacity: int) -> list[mx.array]:
         return self.blank(1, capacity) if cache.cache[0] is None else list(cache.cache)
+
+    def fill(self, cache: Any, arrays: Iterator[mx.array], tokens: int) -> None:
+        del tokens
+        cache.state = ([next(arrays) for _ in self.shapes], None, None)
 
     def with_capacity(self, array: mx.array, capacity: int) -> mx.array:
         del capacity
@@ -154,6 +170,13 @@ class RowLayers:
         parts = [part for cache in caches for part in _parts(cache)]
         pairs = zip(self._leaves, parts, strict=True)
         return [array for leaf, part in pairs for array in leaf.row_of(part, capacity)]
+
+    def fill(self, caches: Items[Any], row: Iterable[mx.array], tokens: int) -> None:
+        """Let fresh caches hold what the arrays of one row hold after `tokens` tokens."""
+        each = iter(row)
+        parts = [part for cache in caches for part in _parts(cache)]
+        for leaf, part in zip(self._leaves, parts, strict=True):
+            leaf.fill(part, each, tokens)
 
     def fitted(self, arrays: Iterable[mx.array], rows: int, capacity: int, keep: Items[int]) -> list[mx.array]:
         """Another shape: old row keep[i] becomes row i. All kept rows must fit the capacity."""

@@ -16,14 +16,16 @@ from workers.engine.decode_rows import DecodeRows, RowSizes
 from workers.engine.flight import DecodeFlight
 from workers.engine.prompt_caches import PromptCaches, cache_arrays
 from workers.engine.sequence import Sequence
+from workers.engine.snapshots import Snapshots
 
 
 class SequentialLane:
     most_groups = 1
 
-    def __init__(self, model: nn.Module, sizes: RowSizes) -> None:
+    def __init__(self, model: nn.Module, sizes: RowSizes, snapshots: Snapshots | None) -> None:
         self._model = model
         self._sizes = sizes
+        self._snapshots = snapshots
         self.max_rows = sizes.max_rows
         self.slot_tokens = sizes.slot_tokens
         self.reset()
@@ -52,6 +54,7 @@ class SequentialLane:
     def seat(self, sequences: Items[Sequence]) -> None:
         self._rows.arrange(len(self._rows.seated) + len(sequences))
         for sequence in sequences:
+            self._caches.complete(sequence)
             self._rows.seat(sequence)
 
     def decode(self) -> DecodeFlight:
@@ -62,21 +65,32 @@ class SequentialLane:
         states: list[mx.array] = []
         for row, sequence in self._rows.seated:
             caches = self._caches[sequence]
+            self._read[sequence] = sequence.length
             logits.append(self._model(tokens[row : row + 1, None], cache=caches)[:, -1, :])
             states.extend(cache_arrays(caches))
         return self._rows.draw(mx.concatenate(logits), states)
 
     def vacate(self, sequence: Sequence) -> None:
-        self._caches.drop(sequence)
         if sequence in self._rows:
+            tokens = self._read.pop(sequence, sequence.prefill_target)
+            if self._snapshots is not None:
+                self._snapshots.keep(sequence, self._caches[sequence], tokens)
             self._rows.leave(sequence)
+        self._caches.drop(sequence)
 
     def reset(self) -> None:
-        self._caches = PromptCaches(self._model)
+        if self._snapshots is not None:
+            self._snapshots.reset()
+        self._caches = PromptCaches(self._model, self._snapshots)
+        self._read: dict[Sequence, int] = {}  # tokens that the caches have read, a step in flight included
         self._rows = DecodeRows(self._sizes.vocab_size)
 
     def stats(self) -> dict[str, float]:
-        return {"slot_rows": len(self._rows.seated), "kv_bytes": self._caches.nbytes}
+        kept = {} if self._snapshots is None else self._snapshots.stats()
+        held = self._caches.nbytes + (0 if self._snapshots is None else self._snapshots.nbytes)
+        return {**kept, "slot_rows": len(self._rows.seated), "kv_bytes": held}
 
     def check_integrity(self) -> None:
+        if self._snapshots is not None:
+            self._snapshots.check_integrity()
         assert all(sequence in self._caches for _, sequence in self._rows.seated), "a row has no caches"
