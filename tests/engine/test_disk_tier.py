@@ -46,7 +46,7 @@ def start(tmp_path: Path, model: nn.Module) -> Iterator[Start]:
 
     yield start_engine
     for on in stages:
-        slot_lane(on).pages.close()
+        on.engine.close()
 
 
 def _save(model: nn.Module, folder: Path) -> None:

@@ -50,4 +50,4 @@ def test_a_higher_class_goes_first_and_a_cancelled_row_makes_room(on: Stage) -> 
     on.engine.cancel("low-0", 1)
     on.run()
     assert on.jobs["later"].tokens == reference(LLAMA4.model, prompt(5, 9), 5, LLAMA4.eos_ids)
-    assert on.engine.stats()["kv_bytes"] == 0
+    assert on.engine.stats()["row_bytes"] == 0

@@ -83,6 +83,11 @@ class DiskPages:
                 return 0
             return max(0, max(1, MAX_QUEUED_BYTES // self._page_bytes) - len(self._writes))
 
+    @property
+    def is_writing(self) -> bool:
+        with self._lock:
+            return bool(self._queued)
+
     def offer(self, root: bytes, name: PageName, content: PageContent) -> None:
         """Write the page some time soon; dropped and counted where the queue is full."""
         if self.room == 0:

@@ -134,6 +134,10 @@ class Engine:
         scheduler = {"rows": self.busy_rows, "waiting": self.waiting}
         return {**self._counted.as_dict(), **scheduler, **self.lane.stats()}
 
+    def close(self) -> None:
+        """End what runs beside this thread; for engines that are not alone in their process."""
+        self.lane.close()
+
     def check_integrity(self) -> None:
         """Raise AssertionError where pages, rows or lists do not balance."""
         self.lane.check_integrity()

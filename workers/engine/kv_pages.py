@@ -136,6 +136,11 @@ class KvPages:
         self._spill([node for node in nodes if not self._disk.has(node.name.key)])
         return bool(nodes)
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether pages that were handed over are not on disk yet."""
+        return self._disk is not None and self._disk.is_writing
+
     def reset(self) -> None:
         """Give up everything in memory: a failed step left the arrays in doubt. The disk's pages stay."""
         for owner in list(self._reads):

@@ -68,6 +68,10 @@ class Lane(Protocol):
         """Give up all sequences and everything cached."""
         ...
 
+    def close(self) -> None:
+        """End the threads of the lane."""
+        ...
+
     def stats(self) -> dict[str, float]: ...
 
     def check_integrity(self) -> None:

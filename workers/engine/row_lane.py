@@ -98,6 +98,9 @@ class RowLane:
         self._capacity = 0
         self._arrays: list[mx.array] = []
 
+    def close(self) -> None:
+        """There are no threads."""
+
     def stats(self) -> dict[str, float]:
         held = sum(array.nbytes for array in self._arrays) + self._prompts.nbytes
         kept = {} if self._snapshots is None else self._snapshots.stats()

@@ -85,10 +85,13 @@ class SequentialLane:
         self._read: dict[Sequence, int] = {}  # tokens that the caches have read, a step in flight included
         self._rows = DecodeRows(self._sizes.vocab_size)
 
+    def close(self) -> None:
+        """There are no threads."""
+
     def stats(self) -> dict[str, float]:
         kept = {} if self._snapshots is None else self._snapshots.stats()
         held = self._caches.nbytes + (0 if self._snapshots is None else self._snapshots.nbytes)
-        return {**kept, "slot_rows": len(self._rows.seated), "kv_bytes": held}
+        return {**kept, "slot_rows": len(self._rows.seated), "row_bytes": self._caches.nbytes, "kv_bytes": held}
 
     def check_integrity(self) -> None:
         if self._snapshots is not None:

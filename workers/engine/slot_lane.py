@@ -172,6 +172,9 @@ class SlotLane:
         self.pages.reset()
         self._new_books()
 
+    def close(self) -> None:
+        self.pages.close()
+
     def stats(self) -> dict[str, float]:
         return {
             **self.pages.stats(),
