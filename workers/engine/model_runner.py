@@ -14,9 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from workers.engine.attention_hook import GroupedLayer, StepGroups, install
+from workers.engine.attention_hook import GroupedLayer, SlotLayer, StepGroups, install
 from workers.engine.sampler import Sampling, Variant, sample
-from workers.engine.slot_cache import LayerShape, SlotLayer, StagedLayer, zeros
+from workers.engine.slot_cache import LayerShape, StagedLayer, zeros
 from workers.engine.slot_plan import SMALLEST_CAPACITY
 
 _GREEDY = Sampling(Variant(), [], [])
@@ -177,10 +177,10 @@ def attends_by_group(model: nn.Module, shapes: Sequence[LayerShape]) -> bool:
     Proven by a step over two groups that must reach the hook in every layer, with the keys, values and mask that the
     caches gave out, and say what the step over one group of the same rows says.
     """
-    install(model)
     filled = _probe_rows(model, shapes)
     tokens, offsets = _probe_inputs()
     together = _last_logits(model, tokens, _slot_layers(filled, offsets))
+    install(model)
     apart = [[array[row : row + 1] for array in filled] for row in range(2)]
     apart[1] = [mx.pad(array, [(0, 0), (0, 0), (0, SMALLEST_CAPACITY), (0, 0)]) for array in apart[1]]
     layers = _grouped_layers(apart, offsets)

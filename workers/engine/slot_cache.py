@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
-from workers.engine.attention_hook import column_mask
 from workers.engine.slot_layout import Change, Source
 from workers.engine.slot_plan import Shape
 
@@ -40,29 +39,6 @@ def zeros(shapes: Items[LayerShape], rows: int, tokens: int) -> list[mx.array]:
         for dim in (shape.key_dim, shape.value_dim):
             arrays.append(mx.zeros((rows, shape.kv_heads, tokens, dim), shape.dtype))
     return arrays
-
-
-class SlotLayer:
-    """One layer of the working set as mlx_lm's models see a cache, for a step of one token per row.
-
-    Nothing here may hold a number that changes with the shape: on Linux CPU mx.compile writes constants into C++
-    source, so each would cost a g++ run per shape.
-    """
-
-    def __init__(self, keys: mx.array, values: mx.array, offsets: mx.array) -> None:
-        self.keys = keys
-        self.values = values
-        self.offset = offsets
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        column = self.offset[:, None, None, None]
-        self.keys = mx.put_along_axis(self.keys, mx.broadcast_to(column, keys.shape), keys, axis=2)
-        self.values = mx.put_along_axis(self.values, mx.broadcast_to(column, values.shape), values, axis=2)
-        return self.keys, self.values
-
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        assert N == 1
-        return column_mask(self.offset[:, None, None, None], self.keys.shape[2], window_size)
 
 
 class StagedLayer:
