@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import subprocess
@@ -270,3 +271,23 @@ async def test_a_killed_worker_takes_its_engine_along(model_path: Path, tmp_path
     parent.kill()
     await parent.wait()
     await wait_until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)
+
+
+async def test_a_killed_engine_left_its_pages_to_the_next_one_and_to_no_other_tenant(
+    model_path: Path, tmp_path: Path
+) -> None:
+    settings = _settings(tmp_path, page_tokens=8)
+    async with _engine(model_path, settings) as backend:
+        before: dict[str, Seen] = {}
+        for name in ("job-k-0", "job-k-1"):
+            await backend.submit(_job(name, "a question asked twice " * 4), ())
+            before |= await _until_ended(backend, name)
+        await wait_until(lambda: len(list(tmp_path.glob("kv/*/*.safetensors"))) >= 2)
+        os.kill(backend.status().engine_pid or 0, signal.SIGKILL)
+    async with _engine(model_path, settings) as backend:
+        await backend.submit(dataclasses.replace(_job("job-k-b", "a question asked twice " * 4), tenant="bob"), ())
+        await backend.submit(_job("job-k-a", "a question asked twice " * 4), ())
+        after = await _until_ended(backend, "job-k-b", "job-k-a")
+    cached = {name: one.end.usage.cached_tokens for name, one in after.items() if isinstance(one.end, JobDone)}
+    assert cached["job-k-b"] == 0 and cached["job-k-a"] >= 16
+    assert after["job-k-a"].tokens == after["job-k-b"].tokens == before["job-k-1"].tokens
