@@ -5,6 +5,7 @@ At least once: an outcome that was read but not acknowledged comes again, to any
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from scheduler.queue.scripts import available, raw
 from scheduler.settings import Settings
 
 _RECLAIM_AFTER_MS = 30_000
+_GATHER_S = 0.02  # so that the outcomes of a moment share a commit
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +40,19 @@ class DoneLog:
         self._redis = redis
         self._key = Keys(settings.shard).of("done")
         self._reclaimed_at = float("-inf")
+        self._read_at = float("-inf")
 
     async def read_done(self, consumer: str, count: int, block_ms: int) -> list[DoneRecord]:
-        """Up to `count` outcomes; waits up to `block_ms` (≤ 9,000) for the first. Left-over ones of others come too."""
+        """Up to `count` outcomes; waits up to `block_ms` (≤ 9,000) for the first. Left-over ones of others come too.
+
+        Where the last read was not full, this one begins 20 ms after it at the earliest.
+        """
+        await asyncio.sleep(self._read_at + _GATHER_S - time.monotonic())
+        records = await self._read(consumer, count, block_ms)
+        self._read_at = float("-inf") if len(records) >= count else time.monotonic()
+        return records
+
+    async def _read(self, consumer: str, count: int, block_ms: int) -> list[DoneRecord]:
         if time.monotonic() - self._reclaimed_at > _RECLAIM_AFTER_MS / 1000:
             left_over = await self._reclaim(consumer, count)
             if left_over:
