@@ -27,7 +27,12 @@ from workers.engine.slot_lane import SlotLane
 
 LONGEST_ANSWER = 48
 PROMPTS = tuple(prompt(family, 60)[:length] for family in (1, 2) for length in (1, 9, 33, 60))
-PARAMS = (greedy(LONGEST_ANSWER), seeded(3, LONGEST_ANSWER), seeded(4, LONGEST_ANSWER, temperature=0.6))
+PARAMS = (
+    greedy(LONGEST_ANSWER),
+    seeded(3, LONGEST_ANSWER),
+    msgspec.structs.replace(seeded(4, LONGEST_ANSWER, temperature=0.6), top_p=0.9),
+    msgspec.structs.replace(seeded(5, LONGEST_ANSWER), repetition_penalty=1.3, frequency_penalty=0.4, min_p=0.02),
+)
 
 
 @cache

@@ -19,7 +19,6 @@ from tests.engine.model_zoo import MODELS, zoo_model
 from workers.backend import ChoiceProgress
 from workers.engine.engine import Engine
 from workers.engine.lane_choice import kv_bytes
-from workers.engine.slot_lane import SlotLane
 
 PROMPT_TOKENS = (1, 2, 23, 30, 70)
 ANSWER_TOKENS = 36
@@ -101,6 +100,24 @@ def test_a_seeded_row_draws_in_company_what_it_draws_alone(name: str) -> None:
         assert together.jobs[prepared.job_id].tokens == alone.jobs[prepared.job_id].tokens
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "granitemoehybrid", "llama4"])
+def test_choices_and_log_probabilities_do_not_depend_on_company(name: str) -> None:
+    params = msgspec.structs.replace(endless(seeded(8, 12)), logprobs=True, top_logprobs=3)
+    asked = job("asked", prompt(5, 40), params, n=2)
+    alone, together = zoo_stage(name), zoo_stage(name)
+    alone.add(asked)
+    together.add(job("other", prompt(6, 9), endless(greedy(30))), asked, job("third", prompt(7, 3), endless(greedy(9))))
+    alone.run()
+    together.run()
+    for index, choice in alone.jobs["asked"].choices.items():
+        same = together.jobs["asked"].choices[index]
+        assert same.tokens == choice.tokens and len(same.logprobs) == 12
+        for here, there in zip(choice.logprobs, same.logprobs, strict=True):
+            assert len(here.top) == 3
+            assert here.chosen.logprob == pytest.approx(there.chosen.logprob, abs=1e-4)
+    assert alone.jobs["asked"].choices[0].tokens != alone.jobs["asked"].choices[1].tokens
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_next_turn_says_what_mlx_lm_says_to_the_whole_conversation(name: str) -> None:
     on = zoo_stage(name)
@@ -111,9 +128,7 @@ def test_the_next_turn_says_what_mlx_lm_says_to_the_whole_conversation(name: str
         assert on.jobs[f"turn-{turn}"].tokens == mlx_lm_says(name, talk, 20)
         talk = (*talk, *on.jobs[f"turn-{turn}"].tokens, *prompt(20 + turn, 7))
     usage = on.jobs["turn-2"].usage
-    assert usage is not None
-    if isinstance(on.engine.lane, SlotLane):
-        assert usage.cached_tokens >= 80
+    assert usage is not None and usage.cached_tokens >= 80
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if kv_bytes(zoo_model(name))[0] > 0])
