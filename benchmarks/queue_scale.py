@@ -71,19 +71,27 @@ class Stage:
         return took_ms
 
     async def end(self, jobs: list[ClaimedJob]) -> None:
-        await self.lifecycle.end(WORKER, [(job, self.lifecycle.success(Usage(prompt_tokens=100))) for job in jobs])
+        await self.lifecycle.end(
+            WORKER, [(job, self.lifecycle.success(Usage(prompt_tokens=cost_tokens(job.tenant)))) for job in jobs]
+        )
 
     def _new_job(self) -> NewJob:
         self._made += 1
+        tenant = f"tenant-{self._made % self._tenants}"
         return NewJob(
             id=new_job_id(self._shard),
             pool=POOL,
             priority=Priority.NORMAL,
-            tenant=f"tenant-{self._made % self._tenants}",
-            cost_tokens=100,
+            tenant=tenant,
+            cost_tokens=cost_tokens(tenant),
             body=b"x" * 200,
             model=POOL,
         )
+
+
+def cost_tokens(tenant: str) -> int:
+    """What each job of this tenant costs: 100 to 400."""
+    return 100 * (1 + int(tenant.rpartition("-")[2]) % 4)
 
 
 def _quantiles(times_ms: list[float]) -> str:
@@ -109,14 +117,19 @@ async def _measure(url: str, depths: list[int], tenants: int, claims: int) -> No
 
 
 async def _print_shares(stage: Stage, tenants: int) -> None:
-    """Jobs cost the same, so of two per tenant each should get two; those claimed before may lead by one."""
+    """Tenants with jobs of 100 to 400 tokens each should get the same tokens, give or take one job of the largest."""
     served: Counter[str] = Counter()
-    while served.total() < 2 * tenants:
-        jobs = await stage.claim(min(32, 2 * tenants - served.total()))
-        served.update(job.tenant for job in jobs)
+    enough = 1200 * tenants
+    while served.total() < enough:
+        jobs = await stage.claim(32)
+        for job in jobs:
+            served[job.tenant] += cost_tokens(job.tenant)
         await stage.end(jobs)
-    fewest = min(served.values()) if len(served) == tenants else 0
-    print(f"\n{tenants:,} tenants, {2 * tenants:,} claims: {fewest} to {max(served.values())} jobs each")
+    print(f"\n{tenants:,} tenants, jobs of 100 to 400 tokens, {served.total():,} tokens served:")
+    for kind in range(4):
+        got = [served[f"tenant-{number}"] for number in range(kind, tenants, 4)]
+        mean = sum(got) / len(got)
+        print(f"- jobs of {100 * (1 + kind)}: {min(got):,} to {max(got):,} tokens a tenant, mean {mean:,.0f}")
 
 
 def main() -> None:
