@@ -2,7 +2,8 @@
 FROM python:3.12-slim-bookworm AS build
 WORKDIR /opt/spillway
 RUN pip install --no-cache-dir uv==0.13.8
-ENV UV_LINK_MODE=copy UV_NO_CACHE=1
+# Compiled once here: the user that runs it may not write there, and each start would compile everything anew.
+ENV UV_LINK_MODE=copy UV_NO_CACHE=1 UV_COMPILE_BYTECODE=1
 COPY requirements.lock ./
 RUN uv venv .venv && uv pip install --require-hashes -r requirements.lock
 COPY . .
