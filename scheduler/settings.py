@@ -65,6 +65,9 @@ class Settings(BaseSettings):
     kv_disk_bytes: int = Field(default=4 << 30, ge=0)  # KV pages kept below `home`, all models together; 0: none
     prefix_sharing: Literal["tenant", "all"] = "tenant"  # who finds whose prompts' KV; a hit is faster, so it shows
     prefill_stall_ms: int = Field(default=120, ge=1)
+    batch_stall_ms: int = Field(default=500, ge=1)  # instead, while all running rows are batch work
+    wired_limit_bytes: int | None = Field(default=None, ge=1 << 20)  # Metal: pin so much; forcing it panicked kernels
+    metal_cache_bytes: int | None = Field(default=None, ge=0)  # Metal: freed buffers that are kept
     engine_threads: int | None = Field(default=None, ge=1)
     engine_hang_s: float = Field(default=60.0, gt=0)
     system_blas: bool = True

@@ -11,10 +11,13 @@ from typing import Protocol
 
 import msgspec
 
-from scheduler.job import ClaimedJob
+from scheduler.histogram import Histogram
+from scheduler.job import ClaimedJob, Priority
 from scheduler.model_card import ModelCard
 from scheduler.request import Usage
 from scheduler.tokens import ChoiceDelta
+
+PRIORITY_RANKS = {priority: rank for rank, priority in enumerate(Priority)}  # 0 is the highest class
 
 
 class ChoiceProgress(msgspec.Struct, frozen=True, array_like=True):
@@ -71,7 +74,8 @@ class BackendStatus:
     engine_pid: int | None
     kind: str
     busy_rows: int
-    stats: dict[str, float] = field(default_factory=dict)
+    stats: dict[str, float] = field(default_factory=dict[str, float])
+    histograms: dict[str, Histogram] = field(default_factory=dict[str, Histogram])
 
 
 class BackendDied(Exception):

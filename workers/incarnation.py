@@ -276,6 +276,7 @@ class Incarnation:
             started_ms=self._started_ms,
             seen_ms=int(time.time() * 1000),
             stats=status.stats,
+            histograms=status.histograms,
         )
 
     async def _until_over(self) -> None:

@@ -16,19 +16,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from scheduler.errors import StartupError
-from scheduler.job import ClaimedJob, Priority
+from scheduler.histogram import Histogram
+from scheduler.job import ClaimedJob
 from scheduler.model_card import ModelCard
 from scheduler.settings import Settings
 from scheduler.telemetry import get_logger
 from workers import kernel_cache
-from workers.backend import BackendDied, BackendEvent, BackendStatus, Capacity, ChoiceProgress, JobProgress
+from workers.backend import (
+    PRIORITY_RANKS,
+    BackendDied,
+    BackendEvent,
+    BackendStatus,
+    Capacity,
+    ChoiceProgress,
+    JobProgress,
+)
 from workers.engine.protocol import Cancel, FromEngine, LoadFailed, Loading, Ready, Step, Submit
 from workers.engine_environment import engine_environment, make_temporary
 from workers.engine_pipe import EnginePipe
 
 _log = get_logger(__name__)
 
-_RANKS = {priority: rank for rank, priority in enumerate(Priority)}
 _LOADING_NOTE_S = 15.0
 _SEND_TIMEOUT_S = 30.0
 # A body's size says roughly what its prompt needs, until the engine has counted: bytes per token, and some output.
@@ -47,6 +55,8 @@ class _Account:
     """What the engine said last, and what was submitted since."""
 
     last: Step | None = None
+    stats: dict[str, float] = field(default_factory=dict[str, float])
+    histograms: dict[str, Histogram] = field(default_factory=dict[str, Histogram])
     submitted: int = 0
     uncounted: deque[tuple[int, int]] = field(default_factory=deque[tuple[int, int]])
 
@@ -56,6 +66,8 @@ class _Account:
 
     def update(self, step: Step) -> None:
         self.last = step
+        if step.stats:
+            self.stats, self.histograms = step.stats, step.histograms
         while self.uncounted and self.uncounted[0][0] <= step.accepted:
             self.uncounted.popleft()
 
@@ -112,7 +124,8 @@ class LocalBackend:
             engine_pid=None if self._pipe is None else self._pipe.pid,
             kind="local",
             busy_rows=0 if last is None else last.busy_rows,
-            stats={} if last is None else {"waiting": last.waiting, "steps": last.step_count, **last.stats},
+            stats={} if last is None else {**self._account.stats, "waiting": last.waiting, "steps": last.step_count},
+            histograms=self._account.histograms,
         )
 
     async def submit(self, job: ClaimedJob, progress: tuple[ChoiceProgress, ...]) -> None:
@@ -120,7 +133,7 @@ class LocalBackend:
         finished = sum(choice.finish_reason is not None for choice in progress)
         self._held[job.id, job.attempt] = _HeldJob(rows=max(1, job.rows - finished))
         self._account.submit(len(job.body) // _BYTES_PER_TOKEN + _OUTPUT_TOKENS)
-        rank = _RANKS[job.priority]
+        rank = PRIORITY_RANKS[job.priority]
         tag = job.tenant if self._settings.prefix_sharing == "tenant" else ""
         await self._send(pipe, Submit(job.id, job.attempt, job.body, rank, progress, tag))
 

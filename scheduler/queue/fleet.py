@@ -8,6 +8,7 @@ from __future__ import annotations
 import msgspec
 from redis.asyncio import Redis
 
+from scheduler.histogram import Histogram
 from scheduler.model_card import ModelCard
 from scheduler.queue.keys import Keys, quoted
 from scheduler.queue.scripts import PUBLISH, READ_REGISTRY, available, raw
@@ -28,6 +29,7 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     started_ms: int = 0
     seen_ms: int = 0
     stats: dict[str, float] = {}
+    histograms: dict[str, Histogram] = {}
 
 
 _encode = msgspec.msgpack.Encoder().encode

@@ -8,6 +8,8 @@ import pytest
 from tests.engine.engine_stage import Stage, assert_all_free, greedy, job, prompt, reference, stage, tiny_llama
 from workers.backend import JobProgress
 
+TOKEN_BYTES = 2 * 2 * 2 * 12 * 4  # layers, keys and values, heads, head size, fp32
+
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
@@ -109,8 +111,7 @@ def test_higher_classes_go_first(model: nn.Module) -> None:
 
 def _tight_stage(model: nn.Module) -> Stage:
     """Room for 1,024 tokens of working set: 8 rows of 128, or 6 of 160."""
-    token_bytes = 2 * 2 * 2 * 12 * 4  # layers, keys and values, heads, head size, fp32
-    return stage(model, kv_budget_bytes=2 * 1024 * token_bytes)
+    return stage(model, kv_budget_bytes=2 * 1024 * TOKEN_BYTES)
 
 
 def test_jobs_beyond_the_kv_budget_wait(model: nn.Module) -> None:
@@ -134,6 +135,57 @@ def test_a_row_that_outgrows_the_budget_sends_the_least_one_back_and_both_stay_e
     for at in (0, 4, 7):
         assert on.jobs[f"job-{at}"].tokens == reference(model, prompt(10 + at, 9), 200)
     assert_all_free(on)
+
+
+def test_a_preempted_row_resumes_after_less_than_a_page_of_prefill(model: nn.Module) -> None:
+    on = stage(model, max_rows=1)
+    on.add(job("batch", prompt(2, 50), greedy(100), rank=3))
+    on.run(until=lambda: len(on.jobs["batch"].tokens) == 30)
+    before = on.engine.stats()
+    on.add(job("high", prompt(3, 20), greedy(5), rank=0))
+    on.run(until=lambda: on.jobs["high"].usage is not None)
+    assert 30 <= len(on.jobs["batch"].tokens) <= 32
+    on.run()
+    after = on.engine.stats()
+    assert after["preemptions"] - before["preemptions"] == 1
+    again = after["prefill_tokens"] - before["prefill_tokens"] - 19
+    assert 0 <= again < 8  # of a page
+    assert on.jobs["batch"].tokens == reference(model, prompt(2, 50), 100)
+    assert on.jobs["high"].tokens == reference(model, prompt(3, 20), 5)
+    assert_all_free(on)
+
+
+def test_a_row_that_fills_the_whole_budget_ends_by_length(model: nn.Module) -> None:
+    on = stage(model, kv_budget_bytes=2 * 256 * TOKEN_BYTES)
+    assert (on.engine.kv_budget_tokens, on.engine.context_tokens) == (256, 256)
+    on.add(job("long", prompt(2, 200), greedy(1000)), job("longer", prompt(3, 256), greedy(5)))
+    most = 0.0
+    while on.engine.has_work:
+        on.step()
+        most = max(most, on.engine.stats()["slot_tokens"])
+    assert most <= 256
+    assert (on.jobs["long"].finish_reason, len(on.jobs["long"].tokens)) == ("length", 56)
+    assert on.jobs["long"].tokens == reference(model, prompt(2, 200), 56)
+    error = on.jobs["longer"].error
+    assert error is not None and error.code == "context_length_exceeded"
+    assert_all_free(on)
+
+
+def test_what_the_engine_measures_adds_up(model: nn.Module) -> None:
+    on = stage(model, max_rows=4)
+    on.add(*(job(f"job-{at}", prompt(at, 9), greedy(20)) for at in range(3)))
+    on.run(until=lambda: len(on.jobs["job-2"].tokens) > 2)
+    on.add(job("late", prompt(8, 40), greedy(20), n=2), job("waits", prompt(9, 9), greedy(5), rank=3))
+    on.step()
+    stats = on.engine.stats()
+    assert stats["waiting_age_s_batch"] > 0 == stats["waiting_age_s_high"]
+    on.run()
+    stats, histograms = on.engine.stats(), on.engine.histograms()
+    assert sum(histograms["batch_rows"].counts) == stats["decode_steps"]
+    assert histograms["batch_rows"].total == stats["decode_tokens"] == 3 * 20 + 2 * 20 + 5
+    assert sum(histograms["token_gaps"].counts) == stats["decode_tokens"] - 6  # a row's first token follows none
+    assert 0 < sum(histograms["prefill_stalls"].counts) < stats["prefill_steps"]
+    assert stats["waiting_age_s_batch"] == 0
 
 
 def test_an_event_carries_the_gains_of_all_choices_of_a_job(model: nn.Module) -> None:

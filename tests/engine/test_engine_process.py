@@ -25,6 +25,8 @@ from scheduler.settings import Settings
 from tests.conftest import wait_until
 from tests.tiny_model import write_tiny_model
 from workers.backend import BackendDied, BackendEvent, ChoiceProgress, JobDone, JobError, JobProgress
+from workers.engine.engine_loop import EXIT_NO_FRAME
+from workers.engine.protocol import HEADER, Cancel, frame
 from workers.engine_environment import system_openblas
 from workers.local import LocalBackend
 
@@ -193,6 +195,22 @@ async def test_a_stopped_engine_is_given_up(model_path: Path, tmp_path: Path) ->
                 while True:
                     await backend.events()
         assert not psutil.pid_exists(engine_pid)
+
+
+async def test_an_engine_that_reads_garbage_ends_and_says_why(model_path: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "workers.engine", "--model", str(model_path)]
+    environment = {**os.environ, "SPILLWAY_HOME": str(tmp_path), "SPILLWAY_COMPILE": "false"}
+    engine = await asyncio.create_subprocess_exec(
+        *command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert engine.stdin is not None
+    engine.stdin.write(frame(Cancel("job-t-1", 1)) + HEADER.pack(3) + b"\xc1\xc1\xc1")
+    # stdin stays open: only the garbage can end it
+    assert engine.stdout is not None and engine.stderr is not None
+    async with asyncio.timeout(60):
+        log = (await asyncio.gather(engine.stdout.read(), engine.stderr.read()))[1].decode()
+        assert await engine.wait() == EXIT_NO_FRAME
+    assert "what is no frame" in log
 
 
 async def test_a_model_that_cannot_be_loaded_is_one_line_and_leaves_nothing(model_path: Path, tmp_path: Path) -> None:

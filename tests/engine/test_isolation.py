@@ -26,6 +26,7 @@ from tests.engine.engine_stage import (
     stage,
     tiny_llama,
 )
+from workers.backend import ChoiceProgress
 from workers.engine.engine import Engine
 
 POISON = 318
@@ -66,6 +67,24 @@ def test_only_the_request_that_breaks_a_step_fails(model: nn.Module, place: str)
         calm.add(job(f"good-{at}", _clean(at, 10 + at), no_poison))
     calm.run()
     for at in range(3):
+        assert on.jobs[f"good-{at}"].tokens == calm.jobs[f"good-{at}"].tokens
+    assert_all_free(on)
+
+
+def test_the_culprit_is_found_by_halving_and_no_prompt_is_tried_alone_before(model: nn.Module) -> None:
+    on = Stage(Engine(loaded(tiny_llama(kind=FragileLlama)), config()))
+    no_poison = SamplingParams(temperature=0.0, max_tokens=30, logit_bias={POISON: -1000.0})
+    on.add(*(job(f"good-{at}", _clean(at, 10), no_poison) for at in range(7)))
+    on.add(job("bad", (*_clean(7, 9), POISON), no_poison))
+    on.run()
+    stats = on.engine.stats()
+    assert (stats["failed_steps"], stats["jobs_failed"]) == (4, 1)  # 8, 4, 2 and 1 rows
+    assert on.jobs["bad"].error is not None
+    calm = stage(model)
+    for at in range(7):
+        calm.add(job(f"good-{at}", _clean(at, 10), no_poison))
+    calm.run()
+    for at in range(7):
         assert on.jobs[f"good-{at}"].tokens == calm.jobs[f"good-{at}"].tokens
     assert_all_free(on)
 
@@ -139,6 +158,15 @@ def test_a_row_whose_text_fails_fails_alone(model: nn.Module) -> None:
     on.run()
     assert on.jobs["bad"].error is not None and on.jobs["bad"].error.code == "engine_failure"
     assert on.jobs["good"].tokens == other
+    assert_all_free(on)
+
+
+def test_a_takeover_whose_text_cannot_be_replayed_fails_alone(model: nn.Module) -> None:
+    kind = loaded(model)
+    on = Stage(Engine(dataclasses.replace(kind, tokenizer=BrokenTokenizer(kind.tokenizer, 77)), config()))
+    on.add(job("bad", prompt(2, 20), greedy(30), progress=(ChoiceProgress(0, (5, 77, 8), "x"),)))
+    on.run()
+    assert on.jobs["bad"].error is not None and on.jobs["bad"].error.code == "engine_failure"
     assert_all_free(on)
 
 

@@ -1,4 +1,4 @@
-"""A step that never ends: the engine's own watchdog ends the process, whose parent then hands the jobs on."""
+"""A step that never ends, a thread that died: the engine process ends, and its parent hands the jobs on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from workers.engine.watchdog import EXIT_HUNG, EXIT_PARENT_GONE
+from workers.engine.watchdog import EXIT_HUNG, EXIT_PARENT_GONE, EXIT_THREAD_DIED
 
 _HANG = """
 from workers.engine.watchdog import Watchdog
@@ -38,3 +38,19 @@ def test_without_active_rows_it_waits_until_its_parent_is_gone() -> None:
         assert process.stdin is not None
         process.stdin.close()
         assert process.wait(timeout=30) == EXIT_PARENT_GONE
+
+
+_DEAF = """
+import threading
+from workers.engine.watchdog import end_with_any_thread
+end_with_any_thread()
+threading.Thread(target=[].pop, name="intake").start()
+while True:
+    pass
+"""
+
+
+def test_a_thread_that_dies_ends_the_engine_and_says_so() -> None:
+    done = subprocess.run([sys.executable, "-c", _DEAF], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == EXIT_THREAD_DIED
+    assert "a thread of the engine died" in done.stdout + done.stderr and "intake" in done.stdout + done.stderr

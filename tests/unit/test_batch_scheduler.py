@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.request import SamplingParams
-from workers.engine.batch_scheduler import (
-    MAX_CHUNK_TOKENS,
-    MIN_CHUNK_TOKENS,
-    MIN_IDLE_CHUNK_TOKENS,
-    BatchLimits,
-    BatchScheduler,
-    Decode,
-    Idle,
-    Prefill,
-)
-from workers.engine.sequence import Phase, Sequence
+from workers.engine.batch_scheduler import BatchLimits, BatchScheduler, Decode, Idle, Prefill
+from workers.engine.prefill_budget import MAX_CHUNK_TOKENS, MIN_CHUNK_TOKENS, MIN_IDLE_CHUNK_TOKENS
+from workers.engine.sequence import OVERTAKINGS_PER_CLASS, Phase, Sequence
 
 
 class Silent:
@@ -215,16 +208,143 @@ def test_the_victim_is_the_last_in_service_order_and_never_the_only_row() -> Non
     assert (second.phase, second.prefilled, scheduler.victim()) == (Phase.WAITING, 0, None)
 
 
-def test_a_suspect_runs_alone() -> None:
+def test_a_chunk_between_steps_of_batch_work_may_take_longer() -> None:
+    scheduler = BatchScheduler(BatchLimits(4, 1 << 20, 0.1, batch_stall_s=0.5))
+    _start(scheduler, _sequence("batch", 5, rank=3))
+    scheduler.observe_prefill(tokens=100, seconds=0.1)
+    assert (scheduler.stall_s, _budget(scheduler)) == (0.5, 500)
+    _start(scheduler, _sequence("stream", 5, arrival=1))
+    scheduler.schedule()
+    assert (scheduler.stall_s, _budget(scheduler)) == (0.1, 100)
+
+
+def test_a_chunk_that_held_up_nobody_leaves_no_debt() -> None:
+    scheduler = _scheduler(stall_s=0.1)
+    scheduler.observe_prefill(tokens=400, seconds=0.4)
+    _start(scheduler, _sequence("stream", 5))
+    assert _budget(scheduler) == 100
+
+
+def test_what_resumes_goes_before_what_is_new_in_its_class() -> None:
+    scheduler = _scheduler(rows=1)
+    high, new, resumed = _sequence("h", 5, rank=0, arrival=3), _sequence("n", 5), _sequence("r", 5, arrival=2)
+    resumed.emitted.append(1)
+    for sequence in (new, resumed, high):
+        scheduler.add(sequence)
+    assert scheduler.waiting == [high, resumed, new]
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_low_row_gets_in_however_much_higher_work_keeps_coming(rank: int) -> None:
+    scheduler = _scheduler(rows=1)
+    scheduler.add(low := _sequence("low", 5, rank=rank))
+    ahead: list[str] = []
+    while low.phase is Phase.WAITING and len(ahead) < 1000:
+        scheduler.add(_sequence(f"high-{len(ahead)}", 5, rank=0, arrival=1 + len(ahead), start=len(ahead) * 10))
+        (admitted,) = scheduler.admit()
+        ahead.append(admitted.job_id)
+        scheduler.remove(admitted)
+    assert ahead[-1] == "low" and len(ahead) == OVERTAKINGS_PER_CLASS * rank + 1
+
+
+def test_a_row_that_is_preempted_again_and_again_is_one_day_no_victim() -> None:
+    scheduler = _scheduler(rows=1)
+    scheduler.add(low := _sequence("low", 5, rank=1))
+    preempted = 0
+    for turn in range(10 * OVERTAKINGS_PER_CLASS):
+        if not scheduler.running:
+            _start(scheduler)
+        scheduler.add(high := _sequence(f"high-{turn}", 5, rank=0, arrival=1 + turn, start=turn * 10))
+        victim = scheduler.victim()
+        if victim is None:
+            break
+        assert victim is low
+        preempted += 1
+        scheduler.send_back(low)
+        _start(scheduler)
+        assert scheduler.running == [high]
+        scheduler.remove(high)
+    assert scheduler.running == [low] and 0 < preempted <= OVERTAKINGS_PER_CLASS
+
+
+def test_a_higher_row_takes_the_room_of_the_newest_of_the_lowest_class() -> None:
+    scheduler = _scheduler(rows=3)
+    normal, older, newer = (
+        _sequence("n", 5, arrival=9),
+        _sequence("b1", 5, rank=3),
+        _sequence("b2", 5, rank=3, arrival=1),
+    )
+    _start(scheduler, older, newer, normal)
+    scheduler.add(high := _sequence("high", 5, rank=0, arrival=10))
+    assert scheduler.victim() is newer
+    scheduler.send_back(newer)
+    assert scheduler.victim() is None
+    assert scheduler.admit() == [high] and scheduler.waiting == [newer]
+
+
+def test_nobody_is_preempted_where_that_makes_too_little_room_or_for_the_same_class() -> None:
+    scheduler = _scheduler(slot_tokens=512)
+    _start(scheduler, _sequence("mine", 200, rank=0), _sequence("batch", 60, rank=3, arrival=1))
+    scheduler.add(_sequence("too-long", 300, rank=0, arrival=2))
+    assert scheduler.victim() is None
+    full = _scheduler(rows=1)
+    _start(full, _sequence("a", 5))
+    full.add(_sequence("b", 5, arrival=1))
+    assert full.victim() is None
+
+
+def _fail_steps_with(scheduler: BatchScheduler, culprit: Sequence) -> int:
+    """Steps until the culprit is found, as the engine goes about it."""
+    for step in range(1, 100):
+        while (victim := scheduler.victim()) is not None:
+            scheduler.send_back(victim)
+        _start(scheduler)
+        rows = list(scheduler.running)
+        if rows == [culprit]:
+            return step
+        if culprit in rows:
+            for sequence in rows:
+                scheduler.send_back(sequence)
+            scheduler.accuse(rows)
+        else:
+            for sequence in rows:
+                scheduler.acquit(sequence)
+    raise AssertionError("never found")
+
+
+@pytest.mark.parametrize("place", [0, 13, 31])
+def test_the_culprit_among_32_is_found_by_halving(place: int) -> None:
+    scheduler = _scheduler(rows=32)
+    rows = [_sequence(f"job-{at}", 5, arrival=at, start=at * 10) for at in range(32)]
+    _start(scheduler, *rows)
+    assert _fail_steps_with(scheduler, rows[place]) <= 11
+    scheduler.remove(rows[place])
+    for _ in range(11):
+        for sequence in scheduler.running:
+            scheduler.acquit(sequence)
+        while (victim := scheduler.victim()) is not None:
+            scheduler.send_back(victim)
+        _start(scheduler)
+    assert not scheduler.on_trial and len(scheduler.running) == 31
+
+
+def test_nobody_joins_those_on_trial() -> None:
     scheduler = _scheduler()
-    suspect, other = _sequence("s", 5), _sequence("o", 5, arrival=1)
-    suspect.suspect = True
-    scheduler.add(suspect)
+    first, second, other = (_sequence(name, 5, arrival=at) for at, name in enumerate("abc"))
+    for sequence in (first, second):
+        scheduler.add(sequence)
+    scheduler.accuse([first, second])
     scheduler.add(other)
-    assert scheduler.admit() == [suspect]
-    assert scheduler.admit() == []
-    suspect.suspect = False
-    assert scheduler.admit() == [other]
+    _start(scheduler)
+    assert (scheduler.running, scheduler.admit()) == ([first], [])
+    scheduler.acquit(first)
+    assert scheduler.admit() == [] and scheduler.victim() is first
+    scheduler.send_back(first)
+    _start(scheduler)
+    assert scheduler.running == [second]
+    scheduler.remove(second)
+    _start(scheduler)
+    assert scheduler.running == [first, other]
 
 
 @given(

@@ -7,13 +7,14 @@ import threading
 from collections.abc import Iterator
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from scheduler.request import InferenceRequest, Message, encode_request
 from workers.backend import JobError
 from workers.engine.intake import Intake, Order
 from workers.engine.loader import LoadedModel
-from workers.engine.protocol import Cancel, Submit, ToEngine, frame
+from workers.engine.protocol import HEADER, MAX_FRAME_BYTES, Cancel, Submit, ToEngine, frame
 from workers.engine.sequence import PreparedJob
 
 
@@ -68,7 +69,7 @@ def _running() -> Iterator[_Stage]:
     reading, writing = os.pipe()
     model, ended = _Model(), threading.Event()
     with os.fdopen(reading, "rb") as stream:
-        intake = Intake(stream, cast("LoadedModel", model), on_end=ended.set)
+        intake = Intake(stream, cast("LoadedModel", model), on_end=ended.set, on_garbage=pytest.fail)
         intake.start()
         yield _Stage(intake, model.tokenizer, writing)
         os.close(writing)
@@ -103,3 +104,25 @@ def test_a_job_cancelled_while_it_is_tokenized_never_starts_but_is_counted(stage
     assert isinstance(long, JobError) and (long.job_id, long.code) == ("long", "cancelled")
     assert isinstance(behind, JobError) and behind.job_id == "behind"
     assert isinstance(following, PreparedJob) and following.job_id == "next"
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        HEADER.pack(3) + b"\xc1\xc1\xc1",
+        HEADER.pack(1) + b"\x01",
+        HEADER.pack(MAX_FRAME_BYTES + 1),
+        HEADER.pack(len(other := msgspec.msgpack.encode({"type": "dance"}))) + other,
+    ],
+    ids=["no msgpack", "a number", "too long", "an unknown order"],
+)
+def test_what_is_no_frame_is_reported_and_nothing_behind_it_is_read(garbage: bytes) -> None:
+    reading, writing = os.pipe()
+    garbled = threading.Event()
+    os.write(writing, frame(Cancel("before", 1)) + garbage + frame(Cancel("behind", 1)))
+    with os.fdopen(reading, "rb") as stream:
+        intake = Intake(stream, cast("LoadedModel", _Model()), on_end=pytest.fail, on_garbage=garbled.set)
+        intake.start()
+        assert garbled.wait(20)
+        assert intake.take(20) == [Cancel("before", 1)] and intake.take(0) == []
+    os.close(writing)

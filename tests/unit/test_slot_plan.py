@@ -7,7 +7,16 @@ from itertools import combinations, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.engine.slot_plan import MOST_GROUPS, Shape, capacity_bucket, cost, plan, planned_tokens, row_bucket
+from workers.engine.slot_plan import (
+    MOST_GROUPS,
+    Shape,
+    capacity_bucket,
+    cost,
+    longest_row,
+    plan,
+    planned_tokens,
+    row_bucket,
+)
 
 LENGTHS = st.lists(st.integers(1, 6000), min_size=1, max_size=8)
 
@@ -57,3 +66,9 @@ def test_no_division_into_neighbouring_groups_is_cheaper(lengths: list[int]) -> 
 def _divided(ordered: list[int], cuts: tuple[int, ...]) -> list[Shape]:
     groups = [ordered[start:stop] for start, stop in pairwise((0, *cuts, len(ordered)))]
     return [Shape(row_bucket(len(group)), group[-1]) for group in groups]
+
+
+@given(st.integers(32, 100_000))
+def test_the_longest_row_is_the_last_that_fits(slot_tokens: int) -> None:
+    longest = longest_row(slot_tokens)
+    assert planned_tokens([longest], MOST_GROUPS) <= slot_tokens < planned_tokens([longest + 1], MOST_GROUPS)

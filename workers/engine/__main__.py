@@ -19,7 +19,7 @@ from workers.engine import kernel_header
 from workers.engine.frame_writer import FrameWriter
 from workers.engine.model_files import resolve
 from workers.engine.protocol import LoadFailed, Loading
-from workers.engine.watchdog import EXIT_PARENT_GONE, Watchdog, exit_now, take_children_along
+from workers.engine.watchdog import EXIT_PARENT_GONE, Watchdog, end_with_any_thread, exit_now, take_children_along
 
 EXIT_LOAD_FAILED = 2
 _STDIN_FD = 0
@@ -30,6 +30,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     take_children_along()
+    end_with_any_thread()
     arguments = _arguments()
     settings = load_settings()
     writer = FrameWriter(_take_stdout(), on_gone=lambda: exit_now(EXIT_PARENT_GONE))

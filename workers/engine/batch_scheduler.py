@@ -2,38 +2,42 @@
 
     add ─► waiting ──admit──► prefilling ──promote──► running ──remove
               ▲                                          │
-              └────────────── preempt / suspect ─────────┘
+              └─────────── victim, send_back ────────────┘
 
-The engine asks `schedule` once per step and reports back what a prefill cost. Nothing here touches arrays.
+Order: class, then what resumes, then arrival. Who is overtaken by later arrivals, or preempted, rises by one class for
+every OVERTAKINGS_PER_CLASS times, so everything has its turn however much higher work keeps coming. The engine asks
+`schedule` once per step and reports back what a prefill cost. Nothing here touches arrays or clocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
+from scheduler.job import Priority
+from workers.backend import PRIORITY_RANKS
+from workers.engine.prefill_budget import PrefillBudget
 from workers.engine.sequence import Phase, Sequence, in_service_order
 from workers.engine.slot_plan import planned_tokens
+from workers.engine.trials import Trials
 
-MIN_CHUNK_TOKENS = 16
-MIN_IDLE_CHUNK_TOKENS = 128
-MAX_CHUNK_TOKENS = 2048
-TELLING_CHUNK_TOKENS = 64  # a shorter chunk is mostly overhead and says little about a long one's speed
-LONGEST_IDLE_CHUNK_S = 5.0  # a slow machine takes a smaller one: cancels wait for it, and the watchdog's patience ends
 IDLE_STALL_FACTOR = 4  # with no stream running, a chunk may take this many stalls: only cancels wait for it
 SHARED_TOKENS_WORTH_WAITING = 128
+_BATCH_RANK = PRIORITY_RANKS[Priority.BATCH]
 
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
     """`slot_tokens` bounds rows x capacity over the working set's groups, of which there are `most_groups` at most;
-    `stall_s` is how long prefill may hold up streams.
+    `stall_s` is how long prefill may hold up streams, `batch_stall_s` how long where all of them are batch work.
     """
 
     max_rows: int
     slot_tokens: int
     stall_s: float
     most_groups: int = 1
+    batch_stall_s: float = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +75,8 @@ class BatchScheduler:
         self.waiting: list[Sequence] = []
         self.prefilling: list[Sequence] = []
         self.running: list[Sequence] = []
-        self._tokens_per_s = 0.0
-        self._debt_s = 0.0
+        self._budget = PrefillBudget(limits.stall_s * IDLE_STALL_FACTOR)
+        self._trials = Trials()
         self._prefilled_last = False
 
     @property
@@ -89,6 +93,11 @@ class BatchScheduler:
         return max(0, self._limits.max_rows - self.busy_rows - len(self.waiting))
 
     @property
+    def on_trial(self) -> bool:
+        """Whether it is being found out who made a step fail."""
+        return bool(self._trials)
+
+    @property
     def free_slot_tokens(self) -> int:
         """KV tokens that are not spoken for, what waits included."""
         everyone = [*self.prefilling, *self.running, *self.waiting]
@@ -100,6 +109,7 @@ class BatchScheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Forget the sequence, wherever it is."""
+        self._trials.acquit(sequence)
         for members in (self.waiting, self.prefilling, self.running):
             if sequence in members:
                 members.remove(sequence)
@@ -111,10 +121,21 @@ class BatchScheduler:
         sequence.phase = Phase.RUNNING
 
     def send_back(self, sequence: Sequence) -> None:
-        """Its KV is gone: it waits again, at its old place in the order."""
-        self.remove(sequence)
+        """Its row is gone: it waits again, before those of its class that have not begun."""
+        for members in (self.prefilling, self.running):
+            if sequence in members:
+                members.remove(sequence)
         sequence.prefilled = 0
+        sequence.overtaken += 1
         self.add(sequence)
+
+    def accuse(self, suspects: Items[Sequence]) -> None:
+        """One of these, all of which were sent back, made a step fail: they run in halves until it is found."""
+        self._trials.accuse(suspects)
+
+    def acquit(self, sequence: Sequence) -> None:
+        """It took part in a step that succeeded."""
+        self._trials.acquit(sequence)
 
     def admit(self, is_ready: Callable[[Sequence], bool] = lambda _: True) -> list[Sequence]:
         """Move what fits now from waiting to prefilling, in order; the first that does not fit holds the rest.
@@ -122,8 +143,8 @@ class BatchScheduler:
         What is not ready, its pages being on their way, is passed over.
         """
         admitted: list[Sequence] = []
-        for sequence in list(self.waiting):
-            if not self._fits(sequence):
+        for sequence in self._candidates():
+            if not self._fits(sequence, [*self.prefilling, *self.running]):
                 break
             if any(_worth_waiting_for(other, sequence) for other in self.prefilling):
                 continue  # what it prefills now will be found in the prefix cache
@@ -133,6 +154,8 @@ class BatchScheduler:
             self.prefilling.append(sequence)
             sequence.phase = Phase.PREFILL
             admitted.append(sequence)
+        for sequence in admitted:
+            self._count_overtaken_by(sequence)
         return admitted
 
     def schedule(self) -> Decision:
@@ -144,29 +167,58 @@ class BatchScheduler:
         self._prefilled_last = False
         return Decode() if self.running else Idle()
 
+    @property
+    def stall_s(self) -> float | None:
+        """How long the next prefill launch may take for the running streams' sake; None where there are none."""
+        if not self.running:
+            return None
+        only_batch = all(sequence.priority_rank >= _BATCH_RANK for sequence in self.running)
+        return self._limits.batch_stall_s if only_batch else self._limits.stall_s
+
     def observe_prefill(self, tokens: int, seconds: float) -> None:
         """Learn the prefill speed, and carry what was overdrawn into the next budget."""
-        if tokens <= 0 or seconds <= 0:
-            return
-        speed = tokens / seconds
-        if self._tokens_per_s == 0:
-            self._tokens_per_s = speed
-        elif tokens >= TELLING_CHUNK_TOKENS or speed > self._tokens_per_s:
-            self._tokens_per_s = 0.6 * self._tokens_per_s + 0.4 * speed
-        self._debt_s = min(max(0.0, self._debt_s + seconds - self._limits.stall_s), self._limits.stall_s)
+        self._budget.observe(tokens, seconds, self.stall_s)
 
     def victim(self) -> Sequence | None:
-        """Whom to preempt so that the running rows fit the budget; None when they do, or one row is left."""
-        if len(self.running) < 2 or self._slot_tokens(self.running) <= self._limits.slot_tokens:
-            return None
-        return in_service_order(self.running)[-1]
+        """Whom to send back next: while suspects are tried whoever is not on trial; else the newest of the lowest class
+        where the running rows outgrew the budget, or where it is lower than the first that waits for its room.
+        """
+        if self._trials:
+            return _least([sequence for sequence in self.running if sequence not in self._trials.current])
+        if len(self.running) > 1 and self._slot_tokens(self.running) > self._limits.slot_tokens:
+            return _least(self.running)
+        return self._in_the_way()
 
-    def _fits(self, sequence: Sequence) -> bool:
-        active = [*self.prefilling, *self.running]
+    def _in_the_way(self) -> Sequence | None:
+        """A row below the class of the first in line, if it gets in once all such rows are gone."""
+        if not self.waiting:
+            return None
+        first = self.waiting[0]
+        lower = [sequence for sequence in self.running if sequence.service_rank > first.priority_rank]
+        if not lower or self._fits(first, [*self.prefilling, *self.running]):
+            return None
+        others = [*self.prefilling, *(sequence for sequence in self.running if sequence not in lower)]
+        return _least(lower) if self._fits(first, others) else None
+
+    def _candidates(self) -> list[Sequence]:
+        """Who may be admitted, in order: all that wait, or those on trial once they are among themselves."""
+        if not self._trials:
+            return list(self.waiting)
+        current = self._trials.current
+        if any(sequence not in current for sequence in (*self.prefilling, *self.running)):
+            return []
+        return [sequence for sequence in self.waiting if sequence in current]
+
+    def _count_overtaken_by(self, admitted: Sequence) -> None:
+        overtaken = [s for s in (*self.waiting, *self.prefilling) if s.arrival < admitted.arrival]
+        for sequence in overtaken:
+            sequence.overtaken += 1
+        if overtaken:
+            self.waiting = in_service_order(self.waiting)
+
+    def _fits(self, sequence: Sequence, active: list[Sequence]) -> bool:
         if not active:
             return True
-        if sequence.suspect or any(other.suspect for other in active):
-            return False
         if len(active) >= self._limits.max_rows:
             return False
         return self._slot_tokens([*active, sequence]) <= self._limits.slot_tokens
@@ -177,9 +229,9 @@ class BatchScheduler:
 
     def _chunks(self, pending: list[Sequence]) -> tuple[Chunk, ...]:
         """Share the budget: half to the first in service order, the rest to the shortest of its class."""
-        budget = self._budget_tokens()
+        budget = self._budget.tokens(self.stall_s)
         first = pending[0]
-        others = sorted(pending[1:], key=lambda s: (s.priority_rank, s.prefill_target - s.prefilled))
+        others = sorted(pending[1:], key=lambda s: (s.service_rank, s.prefill_target - s.prefilled))
         share = {first: min(_remaining(first), budget if not others else (budget + 1) // 2)}
         left = budget - share[first]
         for sequence in others:
@@ -188,25 +240,12 @@ class BatchScheduler:
         share[first] += min(_remaining(first) - share[first], left)
         return tuple(Chunk(s, s.prefilled, count) for s, count in share.items() if count > 0)
 
-    def _budget_tokens(self) -> int:
-        if self.running:
-            least, stall_s = MIN_CHUNK_TOKENS, max(self._limits.stall_s - self._debt_s, 0.0)
-        else:
-            least, stall_s = self._least_idle_tokens(), self._limits.stall_s * IDLE_STALL_FACTOR
-        return min(MAX_CHUNK_TOKENS, max(least, int(self._tokens_per_s * stall_s)))
-
-    def _least_idle_tokens(self) -> int:
-        if self._tokens_per_s == 0:
-            return MIN_IDLE_CHUNK_TOKENS
-        in_time = int(self._tokens_per_s * LONGEST_IDLE_CHUNK_S)
-        return min(MIN_IDLE_CHUNK_TOKENS, max(MIN_CHUNK_TOKENS, in_time))
-
 
 def _worth_waiting_for(other: Sequence, sequence: Sequence) -> bool:
     """Whether `other` is prefilling enough of the same beginning that doing it twice would take longer."""
     if other.job_id == sequence.job_id:
         return True
-    if other.priority_rank > sequence.priority_rank or other.isolation != sequence.isolation:
+    if other.service_rank > sequence.service_rank or other.isolation != sequence.isolation:
         return False
     needed = other.cached_tokens + SHARED_TOKENS_WORTH_WAITING
     return len(sequence.prompt_ids) > needed and other.prompt_ids[:needed] == sequence.prompt_ids[:needed]
@@ -214,3 +253,8 @@ def _worth_waiting_for(other: Sequence, sequence: Sequence) -> bool:
 
 def _remaining(sequence: Sequence) -> int:
     return sequence.prefill_target - sequence.prefilled
+
+
+def _least(sequences: Iterable[Sequence]) -> Sequence | None:
+    """The newest of the lowest class."""
+    return max(sequences, key=lambda s: (s.service_rank, s.arrival, s.index), default=None)

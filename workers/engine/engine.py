@@ -15,54 +15,32 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from scheduler.errors import EngineFailure, SpillwayError
+from scheduler.histogram import Histogram
 from scheduler.request import InferenceRequest, SamplingParams
-from scheduler.settings import Settings
 from scheduler.telemetry import get_logger
 from scheduler.tokens import ChoiceDelta
 from workers.backend import BackendEvent, JobDone, JobError, JobProgress
 from workers.engine import metal
 from workers.engine.batch_scheduler import BatchLimits, BatchScheduler, Chunk, Decode, Idle, Prefill
 from workers.engine.detokenizer import TextStream
-from workers.engine.engine_stats import EngineStats
+from workers.engine.engine_config import EngineConfig
+from workers.engine.engine_stats import EngineStats, waiting_ages
 from workers.engine.flight import DecodeFlight, PrefillFlight, suspects_of
 from workers.engine.job_check import check_job
 from workers.engine.lane import Lane
 from workers.engine.lane_choice import choose_lane
 from workers.engine.loader import LoadedModel
 from workers.engine.logprobs import LogprobReader
-from workers.engine.page_setup import DiskTier, PageChoices
+from workers.engine.page_setup import PageChoices
 from workers.engine.sampler import NO_TOKEN
 from workers.engine.sequence import JobRun, Phase, PreparedJob, Sequence, SequenceLimits, build_run
+from workers.engine.slot_plan import longest_row
 
 __all__ = ["Engine", "EngineConfig", "PreparedJob"]
 
 _log = get_logger(__name__)
 _WARM_PREFILL_TOKENS = 64
 _PAGES_WAIT_S = 0.01  # with nothing to run, for pages that a join waits for
-
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """What an owner can set; see Settings."""
-
-    max_rows: int = 32
-    page_tokens: int = 32
-    kv_budget_bytes: int | None = None
-    prefill_stall_ms: int = 120
-    compile: bool = True
-    wired: bool = False  # pin memory on Metal; never forced, see metal.py
-    disk: DiskTier | None = None
-
-    @staticmethod
-    def from_settings(settings: Settings) -> EngineConfig:
-        return EngineConfig(
-            max_rows=settings.max_rows,
-            page_tokens=settings.page_tokens,
-            kv_budget_bytes=settings.kv_budget_bytes,
-            prefill_stall_ms=settings.prefill_stall_ms,
-            compile=settings.compile,
-            disk=DiskTier.from_settings(settings),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +55,8 @@ class Engine:
     """All methods on the engine thread."""
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
-        metal.configure_device(wired=config.wired)
+        metal.configure_device(wired_bytes=config.wired_limit_bytes, cache_bytes=config.metal_cache_bytes)
         self._loaded = loaded
-        self._limits = SequenceLimits(loaded.context_tokens, loaded.eos_ids)
         self.lane: Lane = choose_lane(
             loaded,
             max_rows=config.max_rows,
@@ -87,12 +64,14 @@ class Engine:
             kv_budget_bytes=config.kv_budget_bytes,
             compile_steps=config.compile,
         )
+        self._limits = SequenceLimits(_context_that_fits(loaded, self.lane), loaded.eos_ids)
         self._scheduler = BatchScheduler(
             BatchLimits(
                 max_rows=self.lane.max_rows,
                 slot_tokens=self.lane.slot_tokens,
                 stall_s=config.prefill_stall_ms / 1000,
                 most_groups=self.lane.most_groups,
+                batch_stall_s=max(config.batch_stall_ms, config.prefill_stall_ms) / 1000,
             )
         )
         self._runs: dict[tuple[str, int], JobRun] = {}
@@ -108,6 +87,11 @@ class Engine:
     @property
     def max_rows(self) -> int:
         return self.lane.max_rows
+
+    @property
+    def context_tokens(self) -> int:
+        """The model's context, or less where one row of it would not fit the KV budget."""
+        return self._limits.context_tokens
 
     @property
     def kv_budget_tokens(self) -> int:
@@ -132,7 +116,16 @@ class Engine:
     def stats(self) -> dict[str, float]:
         """Counters since start and present sizes, for metrics and the console."""
         scheduler = {"rows": self.busy_rows, "waiting": self.waiting}
-        return {**self._counted.as_dict(), **scheduler, **self.lane.stats()}
+        ages = waiting_ages(self._scheduler.waiting, time.perf_counter())
+        return {**self._counted.counters(), **scheduler, **ages, **self.lane.stats()}
+
+    def traits(self) -> dict[str, str | int]:
+        """What the probes at load found of the model."""
+        return self.lane.traits
+
+    def histograms(self) -> dict[str, Histogram]:
+        """Since start: token gaps, stalls by prefill, rows per step."""
+        return self._counted.histograms()
 
     def close(self) -> None:
         """End what runs beside this thread; for engines that are not alone in their process."""
@@ -168,15 +161,17 @@ class Engine:
         try:
             check_job(job, self._loaded.vocab_size, self._limits.context_tokens)
             run = build_run(job, self._limits, self._arrivals, self._new_text)
+            gains = [delta for sequence in run.sequences if (delta := sequence.take_delta()) is not None]
         except SpillwayError as error:
             self._events.append(JobError(job.job_id, job.attempt, error.code, error.message, error.param))
+            return
+        except Exception as error:  # its tokenizer or stop strings, which nobody else shares
+            self._tell_failure(job.job_id, job.attempt, error)
             return
         self._runs[job.job_id, job.attempt] = run
         for sequence in run.sequences:
             if not sequence.is_finished:
-                self._scheduler.add(sequence)
-                self.lane.expect(sequence)
-        gains = [delta for sequence in run.sequences if (delta := sequence.take_delta()) is not None]
+                self._wait(sequence)
         self._tell(run, gains)
 
     def cancel(self, job_id: str, attempt: int) -> None:
@@ -221,31 +216,32 @@ class Engine:
                     self._fail(self._runs[sequence.job_id, sequence.attempt], ArithmeticError("logits are not finite"))
                     continue
                 sequence.record(tokens[row])
-                sequence.suspect = False
+                self._scheduler.acquit(sequence)
                 draws.append((row, sequence, tokens[row]))
-        self._counted.decoded(len(draws))
+        self._counted.decoded([sequence for _, sequence, _ in draws], time.perf_counter())
         metal.tidy(self._counted.decode_steps)
         return _Landed(draws, reader)
 
     def _land_prefill(self, flight: PrefillFlight) -> None:
         mx.eval(flight.arrays)
         tokens = sum(chunk.count for chunk in flight.chunks)
-        self._scheduler.observe_prefill(tokens, time.perf_counter() - flight.launched_s)
-        self._counted.prefilled(tokens)
+        seconds = time.perf_counter() - flight.launched_s
+        self._counted.prefilled(tokens, seconds, held_up=self._scheduler.stall_s is not None)
+        self._scheduler.observe_prefill(tokens, seconds)
         for chunk in flight.chunks:
             chunk.sequence.prefilled = chunk.start + chunk.count
 
     def _retire(self) -> None:
-        """Free the rows of sequences that ended, then of those that no longer fit the budget."""
+        """Free the rows of sequences that ended, then of those that must make room."""
         for sequence in [s for s in self._scheduler.running if s.is_finished]:
             self._scheduler.remove(sequence)
             self.lane.vacate(sequence)
             sequence.phase = Phase.FINISHED
         while (victim := self._scheduler.victim()) is not None:
             self.lane.vacate(victim)
-            self._scheduler.send_back(victim)
+            self._send_back(victim)
             self.lane.expect(victim)
-            self._counted.preemptions += 1
+            self._counted.preemptions += not self._scheduler.on_trial
 
     def _launch(self) -> DecodeFlight | PrefillFlight | None:
         for sequence in self._scheduler.admit(self.lane.is_ready):
@@ -304,7 +300,7 @@ class Engine:
             self._counted.jobs_done += 1
 
     def _recover(self, error: Exception) -> None:
-        """A launch or its result failed: a lone suspect fails, several are retried one by one, the rest start over."""
+        """A launch or its result failed: a lone suspect fails, several are retried in halves, the rest start over."""
         flight, self._flight = self._flight, None
         suspects = suspects_of(flight) or [*self._scheduler.prefilling, *self._scheduler.running]
         suspects = [sequence for sequence in suspects if not sequence.is_finished]
@@ -315,20 +311,32 @@ class Engine:
                 self._scheduler.remove(sequence)
                 sequence.phase = Phase.FINISHED
             else:
-                self._scheduler.send_back(sequence)
+                self._send_back(sequence)
         self.lane.reset()
-        for sequence in suspects:
-            sequence.suspect = True
         if len(suspects) == 1:
             self._fail(self._runs[suspects[0].job_id, suspects[0].attempt], error)
+        else:
+            self._scheduler.accuse(suspects)
+
+    def _send_back(self, sequence: Sequence) -> None:
+        self._scheduler.send_back(sequence)
+        sequence.waiting_since_s = time.perf_counter()
+
+    def _wait(self, sequence: Sequence) -> None:
+        self._scheduler.add(sequence)
+        self.lane.expect(sequence)
+        sequence.waiting_since_s = time.perf_counter()
 
     def _fail(self, run: JobRun, error: Exception) -> None:
-        _log.error("a job failed in the engine", job=run.job_id, error=repr(error))
-        failure = EngineFailure(f"The engine failed on this request: {type(error).__name__}: {error}")
         self._runs.pop((run.job_id, run.attempt), None)
         self._drop(run)
+        self._tell_failure(run.job_id, run.attempt, error)
+
+    def _tell_failure(self, job_id: str, attempt: int, error: Exception) -> None:
+        _log.error("a job failed in the engine", job=job_id, error=repr(error))
+        failure = EngineFailure(f"The engine failed on this request: {type(error).__name__}: {error}")
         self._counted.jobs_failed += 1
-        self._events.append(JobError(run.job_id, run.attempt, failure.code, failure.message))
+        self._events.append(JobError(job_id, attempt, failure.code, failure.message))
 
     def _drop(self, run: JobRun) -> None:
         for sequence in run.sequences:
@@ -339,3 +347,16 @@ class Engine:
 
     def _new_text(self, params: SamplingParams) -> TextStream:
         return TextStream(self._loaded.tokenizer, params.stop, params.include_stop)
+
+
+def _context_that_fits(loaded: LoadedModel, lane: Lane) -> int:
+    """A row may not outgrow the whole KV budget: it ends with `length` where it would."""
+    longest = longest_row(lane.slot_tokens)
+    if longest < loaded.context_tokens:
+        _log.warning(
+            "the KV budget holds less than the model's context; longer prompts are refused and answers end there",
+            model=loaded.name,
+            context_tokens=loaded.context_tokens,
+            kv_budget_tokens=longest,
+        )
+    return min(longest, loaded.context_tokens)

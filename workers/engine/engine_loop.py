@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import time
@@ -25,6 +26,8 @@ _log = get_logger(__name__)
 
 SIGN_OF_LIFE_S = 0.5
 EXIT_ENGINE_FAILED = 71
+EXIT_NO_FRAME = 73
+STATS_EVERY_S = 0.25
 
 
 def serve(path: Path, ref: str, position: int, settings: Settings, writer: FrameWriter, watchdog: Watchdog) -> NoReturn:
@@ -34,7 +37,13 @@ def serve(path: Path, ref: str, position: int, settings: Settings, writer: Frame
     engine = Engine(model, EngineConfig.from_settings(settings))
     writer.send(Loading(f"Warming up {model.name}"))
     engine.warm_up()
-    intake = Intake(sys.stdin.buffer, model, on_end=lambda: exit_now(EXIT_PARENT_GONE))
+    model = dataclasses.replace(model, context_tokens=engine.context_tokens)
+    intake = Intake(
+        sys.stdin.buffer,
+        model,
+        on_end=lambda: exit_now(EXIT_PARENT_GONE),
+        on_garbage=lambda: exit_now(EXIT_NO_FRAME),
+    )
     writer.send(Ready(card=_card(model, engine, position), pid=os.getpid()))
     intake.start()
     loop = EngineLoop(engine, intake, writer, watchdog)
@@ -57,6 +66,7 @@ class EngineLoop:
         self._accepted = 0
         self._step_count = 0
         self._sent_s = 0.0
+        self._stats_sent_s = 0.0
 
     def run_once(self) -> None:
         """Take the orders that are there, make one step, report; waits where there is nothing to do."""
@@ -90,6 +100,8 @@ class EngineLoop:
 
     def _report(self, events: list[BackendEvent]) -> None:
         engine = self._engine
+        now_s = time.monotonic()
+        has_stats = not engine.has_work or now_s - self._stats_sent_s >= STATS_EVERY_S
         step = Step(
             events=tuple(events),
             busy_rows=engine.busy_rows,
@@ -97,11 +109,14 @@ class EngineLoop:
             free_kv_tokens=engine.free_kv_tokens,
             waiting=engine.waiting,
             step_count=self._step_count,
-            stats=engine.stats(),
+            stats=engine.stats() if has_stats else {},
+            histograms=engine.histograms() if has_stats else {},
             accepted=self._accepted,
         )
         self._writer.send(step, while_paused=lambda: self._watchdog.beat(rows_active=False))
-        self._sent_s = time.monotonic()
+        self._sent_s = now_s
+        if has_stats:
+            self._stats_sent_s = now_s
 
 
 def _card(model: LoadedModel, engine: Engine, position: int) -> ModelCard:
@@ -116,5 +131,6 @@ def _card(model: LoadedModel, engine: Engine, position: int) -> ModelCard:
         details={
             "model_type": str(model.config.get("model_type", "")),
             "dtype": str(model.dtype).removeprefix("mlx.core."),
+            **engine.traits(),
         },
     )

@@ -27,13 +27,24 @@ _MAX_WAITING = 1024
 Order = PreparedJob | JobError | Cancel
 
 
-class Intake:
-    """Orders for the engine thread: one per Submit, in the worker's order, and the cancels of those already given."""
+class _NoFrame(Exception):
+    """What was read is not what a worker of this version sends."""
 
-    def __init__(self, stream: BinaryIO, model: LoadedModel, on_end: Callable[[], None]) -> None:
+
+class Intake:
+    """Orders for the engine thread: one per Submit, in the worker's order, and the cancels of those already given.
+
+    Called from the reader's thread: `on_end` when the stream ended, `on_garbage` when it is no stream of frames. Both
+    must end the process: no order can be read any more.
+    """
+
+    def __init__(
+        self, stream: BinaryIO, model: LoadedModel, *, on_end: Callable[[], None], on_garbage: Callable[[], None]
+    ) -> None:
         self._stream = stream
         self._model = model
         self._on_end = on_end
+        self._on_garbage = on_garbage
         self._orders: queue.Queue[Order] = queue.Queue(_MAX_WAITING)
         self._submits: queue.Queue[Submit] = queue.Queue(_MAX_WAITING)
         self._lock = threading.Lock()
@@ -58,6 +69,15 @@ class Intake:
             return orders
 
     def _read_all(self) -> None:
+        try:
+            self._take_in_all()
+        except _NoFrame as error:
+            _log.critical("the worker sent what is no frame; ending the engine", reason=str(error))
+            self._on_garbage()
+        else:
+            self._on_end()
+
+    def _take_in_all(self) -> None:
         while (message := self._read()) is not None:
             match message:
                 case Submit():
@@ -66,7 +86,6 @@ class Intake:
                     self._submits.put(message)
                 case Cancel():
                     self._cancel(message)
-        self._on_end()
 
     def _cancel(self, cancel: Cancel) -> None:
         key = cancel.job_id, cancel.attempt
@@ -87,16 +106,20 @@ class Intake:
                 self._orders.put(order)
 
     def _read(self) -> ToEngine | None:
-        """The next frame; None at the end of the stream or where it is no stream of frames."""
+        """The next frame; None at the end of the stream."""
         header = self._stream.read(HEADER.size)
         if len(header) < HEADER.size:
             return None
         (length,) = HEADER.unpack(header)
         if length > MAX_FRAME_BYTES:
-            _log.critical("frame from the worker is too long", bytes=length)
-            return None
+            raise _NoFrame(f"it would have {length} bytes")
         payload = self._stream.read(length)
-        return decode_to_engine(payload) if len(payload) == length else None
+        if len(payload) < length:
+            return None
+        try:
+            return decode_to_engine(payload)
+        except msgspec.DecodeError as error:
+            raise _NoFrame(str(error)) from error
 
     def _prepare(self, submit: Submit) -> PreparedJob | JobError:
         try:

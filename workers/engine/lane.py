@@ -23,6 +23,7 @@ class Lane(Protocol):
     max_rows: int
     slot_tokens: int
     most_groups: int
+    traits: dict[str, str | int]  # what the probes at load found, for the model's card
 
     def warm_up(self) -> None:
         """Build what takes long before traffic."""

@@ -48,6 +48,7 @@ class ModelRunner:
 
     def __init__(self, model: nn.Module, *, compile_steps: bool) -> None:
         self._model = model
+        self.compiles = compile_steps
         self._forward: _Forward = CompiledSteps(model) if compile_steps else partial(_forward, model)
         # Where compiling means running g++, the sampler's dozens of kernels are not worth their start-up time.
         self._compile_sampler = compile_steps and mx.metal.is_available()

@@ -10,6 +10,7 @@ import struct
 
 import msgspec
 
+from scheduler.histogram import Histogram
 from scheduler.model_card import ModelCard
 from workers.backend import BackendEvent, ChoiceProgress
 
@@ -59,7 +60,8 @@ class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):
 class Step(msgspec.Struct, frozen=True, tag="step"):
     """What one step brought, and the engine's room after it. Sent without events every 500 ms as a sign of life.
 
-    `accepted` counts the Submit frames that `free_rows` and `free_kv_tokens` already allow for.
+    `accepted` counts the Submit frames that `free_rows` and `free_kv_tokens` already allow for. `stats` and
+    `histograms` count since start; while it works they come a few times a second and are empty in between.
     """
 
     events: tuple[BackendEvent, ...]
@@ -70,6 +72,7 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
     step_count: int = 0
     stats: dict[str, float] = {}
     accepted: int = 0
+    histograms: dict[str, Histogram] = {}
 
 
 FromEngine = Loading | Ready | LoadFailed | Step

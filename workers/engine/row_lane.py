@@ -38,6 +38,7 @@ class RowLane:
         self._snapshots = snapshots
         self.max_rows = sizes.max_rows
         self.slot_tokens = sizes.slot_tokens
+        self.traits: dict[str, str | int] = {"lane": "rows", "groups": 1, "compiled": 0}
         self.reset()
 
     def warm_up(self) -> None:

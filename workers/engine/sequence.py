@@ -14,6 +14,8 @@ from scheduler.request import InferenceRequest, SamplingParams, Usage
 from scheduler.tokens import ChoiceDelta, FinishReason, PositionLogprobs
 from workers.backend import ChoiceProgress
 
+OVERTAKINGS_PER_CLASS = 16
+
 
 class TextOutput(Protocol):
     """Turns token ids into text that may be shown; see `detokenizer.TextStream`."""
@@ -71,7 +73,9 @@ class Sequence:
     cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     closed: bool = False  # its last delta, the one with the finish reason, was taken
-    suspect: bool = False  # was in a step that failed: runs alone until it has proved innocent
+    overtaken: int = 0  # times that later arrivals got in before it, or that it was sent back
+    waiting_since_s: float = 0.0  # by the engine's clock
+    drawn_at_s: float = 0.0  # when its newest token came; 0: none yet in this row
     _unshown: list[int] = field(default_factory=list[int])
     _held_text: str = ""
 
@@ -83,6 +87,11 @@ class Sequence:
     @property
     def length(self) -> int:
         return len(self.prompt_ids) + len(self.emitted)
+
+    @property
+    def service_rank(self) -> int:
+        """Its class, raised by one for every so many times that it was overtaken."""
+        return self.priority_rank - self.overtaken // OVERTAKINGS_PER_CLASS
 
     @property
     def prefill_target(self) -> int:
@@ -199,5 +208,5 @@ def build_run(
 
 
 def in_service_order(sequences: Iterable[Sequence]) -> list[Sequence]:
-    """Highest class first, then first come, then lowest choice."""
-    return sorted(sequences, key=lambda s: (s.priority_rank, s.arrival, s.index))
+    """Highest class first, then what has begun its answer, then first come, then lowest choice."""
+    return sorted(sequences, key=lambda s: (s.service_rank, not s.emitted, s.arrival, s.index))

@@ -28,6 +28,7 @@ class SequentialLane:
         self._snapshots = snapshots
         self.max_rows = sizes.max_rows
         self.slot_tokens = sizes.slot_tokens
+        self.traits: dict[str, str | int] = {"lane": "turns", "groups": 1, "compiled": 0}
         self.reset()
 
     def warm_up(self) -> None:

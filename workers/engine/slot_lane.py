@@ -59,6 +59,11 @@ class SlotLane:
         self.max_rows = sizes.max_rows
         self.slot_tokens = sizes.slot_tokens
         self.most_groups = sizes.most_groups
+        self.traits: dict[str, str | int] = {
+            "lane": "slots",
+            "groups": sizes.most_groups,
+            "compiled": int(runner.compiles),
+        }
         self._layout = SlotLayout(sizes.most_groups, sizes.slot_tokens)
         self._slots = SlotCache(self._shapes)
         self._cold: list[Shape] = []

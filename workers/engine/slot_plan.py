@@ -46,6 +46,12 @@ def capacity_bucket(tokens: int) -> int:
     return max(SMALLEST_CAPACITY, _next_multiple(tokens, max(SMALLEST_CAPACITY // 2, power_bucket(tokens) // 8)))
 
 
+def longest_row(slot_tokens: int) -> int:
+    """Tokens of the longest row whose columns fit; never less than the smallest capacity."""
+    step = max(SMALLEST_CAPACITY // 2, power_bucket(slot_tokens) // 8)
+    return max(SMALLEST_CAPACITY, slot_tokens // step * step)
+
+
 def cost(shapes: Iterable[Shape]) -> int:
     """Columns attended per step, and the price of each group in columns."""
     return sum(shape.tokens + GROUP_PRICE_TOKENS for shape in shapes)

@@ -1,7 +1,8 @@
-"""Ends the engine process when it has nobody to work for, or works no more: two conditions, one thread.
+"""Ends the engine process when it has nobody to work for, or works no more.
 
 The parent's end of our stdin is closed → the parent is gone, whatever we are doing. No step began for `hang_s` while
 rows are active → the device or the loop hangs; the parent then hands the jobs on. Only the process's end frees both.
+A thread that died → what it did for the engine is not done any more.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from scheduler.telemetry import get_logger
 
 EXIT_PARENT_GONE = 0
 EXIT_HUNG = 70
+EXIT_THREAD_DIED = 72
 
 _log = get_logger(__name__)
 _LOOK_EVERY_S = 0.2
@@ -48,6 +50,17 @@ class Watchdog:
             if rows_active and silent_s > self._hang_s:
                 _log.critical("engine hangs: no step while rows are active; ending it", silent_s=round(silent_s, 1))
                 exit_now(EXIT_HUNG)
+
+
+def end_with_any_thread() -> None:
+    """Make an exception that leaves a thread end the process: without reader or writer an engine is deaf or mute."""
+    threading.excepthook = _end_with_thread
+
+
+def _end_with_thread(failure: threading.ExceptHookArgs) -> None:
+    thread = "?" if failure.thread is None else failure.thread.name
+    _log.critical("a thread of the engine died; ending it", thread=thread, exc_info=failure.exc_value)
+    exit_now(EXIT_THREAD_DIED)
 
 
 def take_children_along() -> None:
