@@ -26,6 +26,8 @@ SHAPES = (LayerShape(1, 2, 2, mx.float32), LayerShape(1, 2, 2, mx.float32))
 
 def _row(tokens: tuple[int, ...], isolation: str) -> list[mx.array]:
     """KV that depends on everything before each token, and on whose it is."""
+    if not tokens:
+        return [mx.zeros((1, 1, 0, 2))] * 4
     seen = [zlib.crc32(f"{isolation}{tokens[: at + 1]}".encode()) % 1_000_003 for at in range(len(tokens))]
     columns = mx.array(seen, dtype=mx.float32)[None, None, :, None]
     return [mx.concatenate([columns, columns + at], axis=3) for at in range(4)]
@@ -57,12 +59,18 @@ class _World:
         self.served_from_disk += self.kv.disk_hits
         self.kv.close()
 
-    def join(self, tokens: tuple[int, ...], isolation: str) -> None:
-        """What a sequence does from its wait to the end of its prompt, each thing found compared."""
+    def join(self, tokens: tuple[int, ...], isolation: str, computed_meanwhile: int = 0) -> None:
+        """What a sequence does from its wait to the end of its prompt, each thing found compared.
+
+        While it waits, somebody else computes its first tokens.
+        """
         owner = object()
         self.kv.expect(owner, tokens, isolation)
         while not self.kv.is_ready(owner):
             self.kv.await_pages(1)
+        begun, table = tokens[:computed_meanwhile], list[int]()
+        self.kv.keep(begun, table, _row(begun, isolation), 0, len(begun), isolation)
+        self.kv.release(table)
         table = self.kv.find(owner, tokens, isolation)
         self.kv.check_integrity([*(held for *_, held in self.held), table])
         expected = _row(tokens, isolation)
@@ -101,7 +109,7 @@ def _world(pages: int) -> Iterator[_World]:
 def _act(world: _World, action: str, tokens: list[int], number: int) -> None:
     match action:
         case "join":
-            world.join(tuple(tokens), "ab"[number % 2])
+            world.join(tuple(tokens), "ab"[number % 2], computed_meanwhile=number // 2)
         case "leave":
             world.leave(number)
         case "evict":
@@ -150,6 +158,9 @@ def test_the_schedules_do_reach_the_disk() -> None:
         _act(world, "restart", [], 0)
         _act(world, "join", tokens, 0)
         assert world.kv.disk_hits == 7
+        _act(world, "reset", [], 0)
+        _act(world, "join", tokens, 8)  # four tokens are computed meanwhile
+        assert world.kv.disk_hits == 7 + 5
         _act(world, "restart", [], 0)
         _act(world, "damage", [], 3)
         _act(world, "join", tokens, 0)

@@ -94,6 +94,13 @@ def test_seeded_hits_in_company_draw_what_they_draw_alone(name: str) -> None:
     assert _cached(on, "job-0") == _known(on, 59)
 
 
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_what_reads_on_from_a_snapshot_leaves_it_as_it_was(name: str) -> None:
+    on, ids = _stage(name), prompt(6, 61)
+    for turn, asked in enumerate((ids, (*ids, 7), ids, (*ids[:58], 9, 9, 9), (*ids, 8), ids)):
+        assert list(_ask(on, f"job-{turn}", asked, greedy(12))) == mlx_lm_says(name, asked, 12)
+
+
 def test_tenants_do_not_share_snapshots() -> None:
     on, ids = _stage("mamba2"), prompt(1, 70)
     _ask(on, "one", ids, greedy(5), isolation="one")
