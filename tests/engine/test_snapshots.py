@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
+import mlx.core as mx
 import pytest
+from mlx_lm.models.cache import RotatingKVCache
 
 from scheduler.request import SamplingParams
 from tests.engine.engine_stage import Stage, config, greedy, job, prompt, seeded
 from tests.engine.model_zoo import MODELS, zoo_model
 from tests.engine.test_exactness_zoo import endless, mlx_lm_says
+from workers.engine.cache_state import fill_states, take_states
 from workers.engine.engine import Engine
 from workers.engine.slot_lane import SlotLane
 
@@ -128,3 +131,16 @@ def test_a_failed_step_gives_up_what_was_kept() -> None:
     assert on.engine.stats()["snapshots"] == 0
     assert list(_ask(on, "two", ids, greedy(5))) == mlx_lm_says("qwen3_next", ids, 5)
     assert _cached(on, "two") == 0
+
+
+def test_a_state_that_was_taken_does_not_follow_its_cache() -> None:
+    window = RotatingKVCache(max_size=4)
+    for token in range(9):
+        window.update_and_fetch(mx.full((1, 1, 1, 2), token), mx.full((1, 1, 1, 2), token))
+    taken = take_states([window])
+    before = mx.array(taken[0][0].tolist())
+    again = RotatingKVCache(max_size=4)
+    fill_states([again], taken)
+    for cache in (window, again):
+        cache.update_and_fetch(mx.full((1, 1, 1, 2), 50), mx.full((1, 1, 1, 2), 50))
+    assert mx.array_equal(taken[0][0], before)
