@@ -20,9 +20,11 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from scheduler.job import Priority
+from api.engine_metrics import engine_families, model_family
+from scheduler.model_card import ModelCard
 from scheduler.queue.fleet import Fleet, WorkerView
 from scheduler.queue.job_queue import JobQueue
+from scheduler.queue.records import QueueView
 from scheduler.request import Usage
 
 disable_created_metrics()  # a second series per counter that says nothing here
@@ -101,10 +103,9 @@ class Scrape:
         """Prometheus exposition format. Raises QueueUnavailable where Redis cannot be asked."""
         now = time.monotonic()
         if self._cached is None or now >= self._cached[0]:
-            depths = await self._queue.depths()
-            workers = await self._fleet.workers()
+            found = await self._queue.queues(), await self._fleet.workers(), await self._fleet.models()
             registry = CollectorRegistry()
-            registry.register(_FleetCollector(depths, workers))
+            registry.register(_FleetCollector(*found))
             text = generate_latest(self._metrics.registry) + generate_latest(registry)
             self._cached = (now + SCRAPE_CACHE_S, text)
         return self._cached[1]
@@ -113,24 +114,37 @@ class Scrape:
 class _FleetCollector(Collector):
     """One reading of the queue and the fleet, as metric families."""
 
-    def __init__(self, depths: dict[tuple[str, Priority], int], workers: list[WorkerView]) -> None:
-        self._depths = depths
+    def __init__(self, queues: list[QueueView], workers: list[WorkerView], cards: list[ModelCard]) -> None:
+        self._queues = queues
         self._workers = workers
+        self._cards = cards
 
     def collect(self) -> Iterable[Metric]:
-        depth = GaugeMetricFamily("spillway_queue_depth", "Waiting jobs", labels=["pool", "priority"])
-        for (pool, priority), count in self._depths.items():
-            depth.add_metric([pool, priority.value], count)
-        yield depth
+        yield from self._queue_families()
         yield from self._worker_families()
+        yield model_family(self._cards)
+        yield from engine_families(self._workers)
+
+    def _queue_families(self) -> Iterator[Metric]:
+        labels = ["pool", "priority"]
+        depth = GaugeMetricFamily("spillway_queue_depth", "Waiting jobs", labels=labels)
+        running = GaugeMetricFamily("spillway_queue_running", "Jobs that workers hold", labels=labels)
+        age = GaugeMetricFamily(
+            "spillway_queue_age_seconds",
+            "How long the first waiting job has been waiting for a worker",
+            labels=labels,
+        )
+        for queue in self._queues:
+            which = [queue.pool, queue.priority.value]
+            depth.add_metric(which, queue.waiting)
+            running.add_metric(which, queue.running)
+            age.add_metric(which, (queue.oldest_ms or 0) / 1000)
+        yield from (depth, running, age)
 
     def _worker_families(self) -> Iterator[Metric]:
         busy = GaugeMetricFamily("spillway_worker_busy_rows", "Rows computing", labels=["worker", "kind"])
         rows = GaugeMetricFamily("spillway_worker_max_rows", "Rows that fit at once", labels=["worker", "kind"])
-        stats = GaugeMetricFamily("spillway_engine", "Numbers that engines report", labels=["worker", "stat"])
         for worker in self._workers:
             busy.add_metric([worker.id, worker.kind], worker.busy_rows)
             rows.add_metric([worker.id, worker.kind], worker.max_rows)
-            for name, value in sorted(worker.stats.items()):
-                stats.add_metric([worker.id, name], value)
-        yield from (busy, rows, stats)
+        yield from (busy, rows)

@@ -12,6 +12,7 @@ SCRIPTS = (
     "engine_mixed",
     "engine_churn",
     "engine_sampling",
+    "engine_stall",
     "engine_prefix",
     "stack",
     "takeover",

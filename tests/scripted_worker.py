@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 
 import msgspec
 
+from scheduler.histogram import Histogram
 from scheduler.job import ClaimedJob
 from scheduler.lifecycle import Lifecycle
 from scheduler.model_card import ModelCard
@@ -38,6 +39,13 @@ class Script(msgspec.Struct):
     die_after: int | None = None
     fail: str | None = None  # an error code, after `say`
     forget_reason: bool = False
+
+
+STATS = {
+    "steps": 3.0, "decode_tokens": 7.0, "jobs_failed": 1.0, "waiting_age_s_low": 2.5, "prefix_ram_pages": 4.0,
+    "prefix_disk_pages": 2.0, "shoes": 9.0,
+}  # fmt: skip
+GAPS = Histogram((0.01, 0.1), [5, 1, 2], 3.5)
 
 
 class ScriptedWorker:
@@ -66,9 +74,12 @@ class ScriptedWorker:
         now_ms = int(time.time() * 1000)
         view = WorkerView(
             id=self.name, pid=1, engine_pid=2, host="here", models=("demo",), busy_rows=1, max_rows=ROWS,
-            started_ms=now_ms - 5000, seen_ms=now_ms, stats={"steps": 3.0},
+            started_ms=now_ms - 5000, seen_ms=now_ms, stats=STATS, histograms={"token_gaps": GAPS},
         )  # fmt: skip
-        await self._fleet.publish(view, ModelCard(id="demo", context_tokens=512, created_s=1_760_000_000))
+        await self._fleet.publish(
+            view,
+            ModelCard(id="demo", context_tokens=512, created_s=1_760_000_000, details={"lane": "slots", "compiled": 1}),
+        )
         other = ModelCard(id="org/other-model", context_tokens=4096, created_s=1_760_000_000, position=1)
         await self._fleet.publish(view, other)
 

@@ -93,7 +93,26 @@ def test_metrics_count_requests_tokens_queue_and_engines(stage: Stage) -> None:
     assert found['spillway_time_to_first_token_seconds_count{model="demo"}'] >= 1
     assert found['spillway_time_per_output_token_seconds_count{model="demo"}'] >= 1
     assert found['spillway_worker_busy_rows{kind="local",worker="scripted-0"}'] == 1
-    assert found['spillway_engine{stat="steps",worker="scripted-0"}'] == 3
+    assert found['spillway_queue_age_seconds{pool="demo",priority="batch"}'] == 0
+    assert found['spillway_model_info{compiled="1",dtype="",groups="",lane="slots",model="demo",model_type=""}'] == 1
+
+
+def test_metrics_tell_what_engines_report(stage: Stage) -> None:
+    lines = stage.request("GET", "/metrics").body.decode().splitlines()
+    assert "# TYPE spillway_engine_steps_total counter" in lines or "# TYPE spillway_engine_steps counter" in lines
+    who = 'model="demo"', 'worker="scripted-0"'
+
+    def value(name: str, *labels: str) -> float:
+        series = f"spillway_engine{name}{{{','.join(sorted((*who, *labels)))}}} "
+        return float(next(line for line in lines if line.startswith(series)).removeprefix(series))
+
+    assert (value("_steps_total"), value("_decode_tokens_total")) == (3, 7)
+    assert value("_jobs_total", 'outcome="failed"') == 1
+    assert value("_waiting_age_seconds", 'priority="low"') == 2.5
+    assert [value("_prefix_hit_pages_total", f'tier="{tier}"') for tier in ("ram", "disk")] == [4, 2]
+    assert [value("_inter_token_seconds_bucket", f'le="{le}"') for le in ("0.01", "0.1", "+Inf")] == [5, 6, 8]
+    assert (value("_inter_token_seconds_count"), value("_inter_token_seconds_sum")) == (8, 3.5)
+    assert value("", 'stat="shoes"') == 9
 
 
 def test_metrics_labels_do_not_grow_with_what_clients_send(stage: Stage) -> None:
