@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -376,3 +378,82 @@ def test_every_sequence_gets_its_prefill_and_its_row(work: list[tuple[int, int]]
             scheduler.remove(done[-1])
     assert sorted(sequence.job_id for sequence in done) == sorted(sequence.job_id for sequence in sequences)
     assert scheduler.free_slot_tokens == slot_tokens and scheduler.free_rows == rows
+
+
+def test_no_room_is_made_for_what_cannot_begin_yet() -> None:
+    scheduler = _scheduler(rows=1)
+    _start(scheduler, low := _sequence("low", 5, rank=3))
+    scheduler.add(high := _sequence("high", 5, rank=0, arrival=1))
+    assert scheduler.victim(lambda sequence: sequence is not high) is None
+    assert scheduler.victim() is low
+
+
+@dataclass
+class _Plan:
+    """A row's answer, and at which token every step that it takes part in fails; -1: never."""
+
+    tokens: int
+    breaks_at: int
+
+
+def _run_plan(scheduler: BatchScheduler, plans: dict[Sequence, _Plan]) -> set[Sequence]:
+    """Drive the scheduler as the engine does; returns whom it found guilty. Rows leave as soon as they end."""
+    guilty: set[Sequence] = set()
+    for _ in range(20_000):
+        if not scheduler.has_work:
+            return guilty
+        for sequence in [s for s in scheduler.running if len(s.emitted) == plans[s].tokens]:
+            scheduler.remove(sequence)
+        while (victim := scheduler.victim()) is not None:
+            scheduler.send_back(victim)
+        scheduler.admit()
+        for sequence in [s for s in scheduler.prefilling if s.prefilled >= s.prefill_target]:
+            scheduler.promote(sequence)
+        match scheduler.schedule():
+            case Prefill() as prefill:
+                _finish(prefill)
+            case Decode():
+                _decode(scheduler, plans, guilty)
+            case Idle():
+                assert not scheduler.waiting or scheduler.running or scheduler.prefilling
+    raise AssertionError("the work does not come to an end")
+
+
+def _decode(scheduler: BatchScheduler, plans: dict[Sequence, _Plan], guilty: set[Sequence]) -> None:
+    rows = list(scheduler.running)
+    if not any(len(sequence.emitted) == plans[sequence].breaks_at for sequence in rows):
+        for sequence in rows:
+            sequence.emitted.append(1)
+            scheduler.acquit(sequence)
+        return
+    for sequence in [*scheduler.prefilling, *rows]:
+        scheduler.send_back(sequence)
+    if len(rows) == 1:
+        guilty.add(rows[0])
+        scheduler.remove(rows[0])
+    else:
+        scheduler.accuse(rows)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 200), st.integers(0, 3), st.integers(1, 12), st.integers(-12, 11)),
+        min_size=1,
+        max_size=10,
+    ),
+    st.integers(1, 4),
+    st.sampled_from([64, 256, 4096]),
+)
+def test_whoever_breaks_steps_fails_and_nobody_else_and_all_others_end(
+    work: list[tuple[int, int, int, int]], rows: int, slot_tokens: int
+) -> None:
+    scheduler = _scheduler(rows=rows, slot_tokens=slot_tokens)
+    plans: dict[Sequence, _Plan] = {}
+    for at, (tokens, rank, answer, breaks_at) in enumerate(work):
+        sequence = _sequence(f"job-{at}", tokens, rank=rank, arrival=at)
+        plans[sequence] = _Plan(answer, breaks_at)
+        scheduler.add(sequence)
+    guilty = _run_plan(scheduler, plans)
+    assert guilty == {s for s, plan in plans.items() if 0 <= plan.breaks_at < plan.tokens}
+    assert all(len(s.emitted) == plan.tokens for s, plan in plans.items() if s not in guilty)
+    assert not scheduler.on_trial and scheduler.free_rows == rows

@@ -27,6 +27,13 @@ SHARED_TOKENS_WORTH_WAITING = 128
 _BATCH_RANK = PRIORITY_RANKS[Priority.BATCH]
 
 
+Readiness = Callable[[Sequence], bool]
+
+
+def _always(_: Sequence) -> bool:
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
     """`slot_tokens` bounds rows x capacity over the working set's groups, of which there are `most_groups` at most;
@@ -137,18 +144,16 @@ class BatchScheduler:
         """It took part in a step that succeeded."""
         self._trials.acquit(sequence)
 
-    def admit(self, is_ready: Callable[[Sequence], bool] = lambda _: True) -> list[Sequence]:
+    def admit(self, is_ready: Readiness = _always) -> list[Sequence]:
         """Move what fits now from waiting to prefilling, in order; the first that does not fit holds the rest.
 
-        What is not ready, its pages being on their way, is passed over.
+        What is not ready, its pages being on their way or being computed by another, is passed over.
         """
         admitted: list[Sequence] = []
         for sequence in self._candidates():
             if not self._fits(sequence, [*self.prefilling, *self.running]):
                 break
-            if any(_worth_waiting_for(other, sequence) for other in self.prefilling):
-                continue  # what it prefills now will be found in the prefix cache
-            if not is_ready(sequence):
+            if not self._may_begin(sequence, is_ready):
                 continue
             self.waiting.remove(sequence)
             self.prefilling.append(sequence)
@@ -179,7 +184,7 @@ class BatchScheduler:
         """Learn the prefill speed, and carry what was overdrawn into the next budget."""
         self._budget.observe(tokens, seconds, self.stall_s)
 
-    def victim(self) -> Sequence | None:
+    def victim(self, is_ready: Readiness = _always) -> Sequence | None:
         """Whom to send back next: while suspects are tried whoever is not on trial; else the newest of the lowest class
         where the running rows outgrew the budget, or where it is lower than the first that waits for its room.
         """
@@ -187,18 +192,21 @@ class BatchScheduler:
             return _least([sequence for sequence in self.running if sequence not in self._trials.current])
         if len(self.running) > 1 and self._slot_tokens(self.running) > self._limits.slot_tokens:
             return _least(self.running)
-        return self._in_the_way()
+        if self.waiting and self._may_begin(self.waiting[0], is_ready):
+            return self._in_the_way_of(self.waiting[0])
+        return None
 
-    def _in_the_way(self) -> Sequence | None:
+    def _in_the_way_of(self, first: Sequence) -> Sequence | None:
         """A row below the class of the first in line, if it gets in once all such rows are gone."""
-        if not self.waiting:
-            return None
-        first = self.waiting[0]
         lower = [sequence for sequence in self.running if sequence.service_rank > first.priority_rank]
         if not lower or self._fits(first, [*self.prefilling, *self.running]):
             return None
         others = [*self.prefilling, *(sequence for sequence in self.running if sequence not in lower)]
         return _least(lower) if self._fits(first, others) else None
+
+    def _may_begin(self, sequence: Sequence, is_ready: Readiness) -> bool:
+        """Not before what another prefills now, or what is being read, can be found in the prefix cache."""
+        return is_ready(sequence) and not any(_worth_waiting_for(other, sequence) for other in self.prefilling)
 
     def _candidates(self) -> list[Sequence]:
         """Who may be admitted, in order: all that wait, or those on trial once they are among themselves."""

@@ -237,7 +237,7 @@ class Engine:
             self._scheduler.remove(sequence)
             self.lane.vacate(sequence)
             sequence.phase = Phase.FINISHED
-        while (victim := self._scheduler.victim()) is not None:
+        while (victim := self._scheduler.victim(self.lane.is_ready)) is not None:
             self.lane.vacate(victim)
             self._send_back(victim)
             self.lane.expect(victim)
