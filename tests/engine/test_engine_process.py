@@ -157,6 +157,15 @@ async def test_capacity_allows_for_what_the_engine_has_not_counted_yet(backend: 
     assert backend.capacity().rows == before.rows
 
 
+async def test_what_the_engine_measured_comes_with_its_frames(backend: LocalBackend) -> None:
+    before = backend.status().stats.get("decode_tokens", 0.0)
+    await backend.submit(_job("job-t-1", "count me"), ())
+    await _until_ended(backend, "job-t-1")
+    status = backend.status()
+    assert status.stats["decode_tokens"] == before + 24 == status.histograms["batch_rows"].total
+    assert sum(status.histograms["token_gaps"].counts) > 0
+
+
 async def test_signals_of_a_terminal_or_service_manager_do_not_end_the_engine(backend: LocalBackend) -> None:
     engine_pid = backend.status().engine_pid
     assert engine_pid is not None and os.getpgid(engine_pid) != os.getpgid(0)
