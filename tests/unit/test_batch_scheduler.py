@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.request import SamplingParams
-from workers.engine.batch_scheduler import BatchLimits, BatchScheduler, Decode, Idle, Prefill
+from workers.engine.batch_scheduler import BatchLimits, BatchScheduler, Chunk, Decode, Idle, Prefill
 from workers.engine.prefill_budget import MAX_CHUNK_TOKENS, MIN_CHUNK_TOKENS, MIN_IDLE_CHUNK_TOKENS
 from workers.engine.sequence import OVERTAKINGS_PER_CLASS, Phase, Sequence
 
@@ -50,6 +50,10 @@ def _start(scheduler: BatchScheduler, *sequences: Sequence) -> None:
     for sequence in scheduler.admit():
         sequence.prefilled = sequence.prefill_target
         scheduler.promote(sequence)
+
+
+def _observe(scheduler: BatchScheduler, tokens: int, seconds: float, start: int = 0) -> None:
+    scheduler.observe_prefill([Chunk(_sequence("seen", 1), start, tokens)], seconds)
 
 
 def _finish(decision: Prefill) -> None:
@@ -150,23 +154,23 @@ def _budget(scheduler: BatchScheduler) -> int:
 def test_the_chunk_is_what_the_measured_speed_does_in_the_stall_time() -> None:
     scheduler = _scheduler(stall_s=0.1)
     _start(scheduler, _sequence("stream", 5))
-    scheduler.observe_prefill(tokens=400, seconds=0.1)
+    _observe(scheduler, tokens=400, seconds=0.1)
     assert _budget(scheduler) == 400
 
 
 def test_a_chunk_that_took_too_long_shortens_the_next() -> None:
     scheduler = _scheduler(stall_s=0.1)
     _start(scheduler, _sequence("stream", 5))
-    scheduler.observe_prefill(tokens=600, seconds=0.15)
+    _observe(scheduler, tokens=600, seconds=0.15)
     assert _budget(scheduler) == 200
 
 
 def test_short_prompts_do_not_make_long_ones_look_slow() -> None:
     scheduler = _scheduler(stall_s=0.1)
     _start(scheduler, _sequence("stream", 5))
-    scheduler.observe_prefill(tokens=400, seconds=0.1)
+    _observe(scheduler, tokens=400, seconds=0.1)
     for _ in range(10):
-        scheduler.observe_prefill(tokens=5, seconds=0.01)
+        _observe(scheduler, tokens=5, seconds=0.01)
     assert _budget(scheduler) == 400
 
 
@@ -176,21 +180,48 @@ def test_the_chunk_has_bounds() -> None:
     _start(slow, _sequence("stream", 5))
     assert _budget(slow) == MIN_CHUNK_TOKENS
     fast = _scheduler()
-    fast.observe_prefill(tokens=1_000_000, seconds=0.1)
+    _observe(fast, tokens=1_000_000, seconds=0.1)
     assert _budget(fast) == MAX_CHUNK_TOKENS
+
+
+def test_tokens_far_behind_are_reckoned_with_what_they_attend_to() -> None:
+    scheduler = _scheduler(stall_s=0.1)
+    for start, tokens in ((0, 100), (0, 400), (400, 400), (0, 100), (800, 200)):
+        _observe(scheduler, tokens, seconds=tokens * 1e-4 + tokens * (start + tokens / 2) * 1e-6, start=start)
+    _start(scheduler, _sequence("stream", 5))
+    scheduler.add(long := _sequence("long", 100_000, arrival=9))
+    scheduler.admit()
+    for start in (0, 1000, 4000):
+        long.prefilled = start
+        decision = scheduler.schedule()
+        assert isinstance(decision, Prefill)
+        (chunk,) = decision.chunks
+        assert abs(chunk.count * 1e-4 + chunk.count * (start + chunk.count / 2) * 1e-6 - 0.1) < 0.01
+        assert isinstance(scheduler.schedule(), Decode)
+
+
+def test_launches_grow_by_doubling() -> None:
+    scheduler = _scheduler(stall_s=0.1)
+    _start(scheduler, _sequence("stream", 5))
+    sizes: list[int] = []
+    for _ in range(5):
+        scheduler.schedule()
+        sizes.append(_budget(scheduler))
+        _observe(scheduler, sizes[-1], seconds=sizes[-1] / 1e6)
+    assert sizes == [16, 128, 256, 512, 1024]
 
 
 def test_a_slow_machine_takes_chunks_that_end_long_before_the_watchdog_does() -> None:
     for tokens_per_s, expected in ((0.5, MIN_CHUNK_TOKENS), (10.0, 50), (100.0, MIN_IDLE_CHUNK_TOKENS)):
         scheduler = _scheduler()
-        scheduler.observe_prefill(tokens=64, seconds=64 / tokens_per_s)
+        _observe(scheduler, tokens=64, seconds=64 / tokens_per_s)
         assert _budget(scheduler) == expected
 
 
 def test_the_first_in_order_gets_half_and_the_shortest_the_rest() -> None:
     scheduler = _scheduler(stall_s=0.1)
     _start(scheduler, _sequence("stream", 5))
-    scheduler.observe_prefill(tokens=100, seconds=0.1)
+    _observe(scheduler, tokens=100, seconds=0.1)
     for name, tokens, arrival in (("first", 900, 1), ("long", 800, 2), ("short", 21, 3)):
         scheduler.add(_sequence(name, tokens, arrival=arrival, start=arrival))
     scheduler.admit()
@@ -212,8 +243,8 @@ def test_the_victim_is_the_last_in_service_order_and_never_the_only_row() -> Non
 
 def test_a_chunk_between_steps_of_batch_work_may_take_longer() -> None:
     scheduler = BatchScheduler(BatchLimits(4, 1 << 20, 0.1, batch_stall_s=0.5))
+    _observe(scheduler, tokens=1000, seconds=1.0)
     _start(scheduler, _sequence("batch", 5, rank=3))
-    scheduler.observe_prefill(tokens=100, seconds=0.1)
     assert (scheduler.stall_s, _budget(scheduler)) == (0.5, 500)
     _start(scheduler, _sequence("stream", 5, arrival=1))
     scheduler.schedule()
@@ -222,7 +253,7 @@ def test_a_chunk_between_steps_of_batch_work_may_take_longer() -> None:
 
 def test_a_chunk_that_held_up_nobody_leaves_no_debt() -> None:
     scheduler = _scheduler(stall_s=0.1)
-    scheduler.observe_prefill(tokens=400, seconds=0.4)
+    _observe(scheduler, tokens=400, seconds=0.4)
     _start(scheduler, _sequence("stream", 5))
     assert _budget(scheduler) == 100
 

@@ -180,9 +180,9 @@ class BatchScheduler:
         only_batch = all(sequence.priority_rank >= _BATCH_RANK for sequence in self.running)
         return self._limits.batch_stall_s if only_batch else self._limits.stall_s
 
-    def observe_prefill(self, tokens: int, seconds: float) -> None:
-        """Learn the prefill speed, and carry what was overdrawn into the next budget."""
-        self._budget.observe(tokens, seconds, self.stall_s)
+    def observe_prefill(self, chunks: Items[Chunk], seconds: float) -> None:
+        """Learn what prefill takes, and carry what was overdrawn into the next budget."""
+        self._budget.observe([(chunk.start, chunk.count) for chunk in chunks], seconds, self.stall_s)
 
     def victim(self, is_ready: Readiness = _always) -> Sequence | None:
         """Whom to send back next: while suspects are tried whoever is not on trial; else the newest of the lowest class
@@ -236,17 +236,12 @@ class BatchScheduler:
         return planned_tokens([sequence.length + 1 for sequence in sequences], self._limits.most_groups)
 
     def _chunks(self, pending: list[Sequence]) -> tuple[Chunk, ...]:
-        """Share the budget: half to the first in service order, the rest to the shortest of its class."""
-        budget = self._budget.tokens(self.stall_s)
-        first = pending[0]
+        """Half of the time to the first in service order, the rest to the shortest of its class."""
         others = sorted(pending[1:], key=lambda s: (s.service_rank, s.prefill_target - s.prefilled))
-        share = {first: min(_remaining(first), budget if not others else (budget + 1) // 2)}
-        left = budget - share[first]
-        for sequence in others:
-            share[sequence] = min(_remaining(sequence), left)
-            left -= share[sequence]
-        share[first] += min(_remaining(first) - share[first], left)
-        return tuple(Chunk(s, s.prefilled, count) for s, count in share.items() if count > 0)
+        ordered = [pending[0], *others]
+        shares = self._budget.shares([(s.prefilled, s.prefill_target - s.prefilled) for s in ordered], self.stall_s)
+        pairs = zip(ordered, shares, strict=True)
+        return tuple(Chunk(sequence, sequence.prefilled, count) for sequence, count in pairs if count > 0)
 
 
 def _worth_waiting_for(other: Sequence, sequence: Sequence) -> bool:
@@ -257,10 +252,6 @@ def _worth_waiting_for(other: Sequence, sequence: Sequence) -> bool:
         return False
     needed = other.cached_tokens + SHARED_TOKENS_WORTH_WAITING
     return len(sequence.prompt_ids) > needed and other.prompt_ids[:needed] == sequence.prompt_ids[:needed]
-
-
-def _remaining(sequence: Sequence) -> int:
-    return sequence.prefill_target - sequence.prefilled
 
 
 def _least(sequences: Iterable[Sequence]) -> Sequence | None:

@@ -147,8 +147,9 @@ class Engine:
         for _ in range(2):
             self.lane.begin(blank)
             started_s = time.perf_counter()
-            mx.eval(self.lane.prefill((Chunk(blank, 0, blank.prefill_target),)))
-            self._scheduler.observe_prefill(blank.prefill_target, time.perf_counter() - started_s)
+            chunks = (Chunk(blank, 0, blank.prefill_target),)
+            mx.eval(self.lane.prefill(chunks))
+            self._scheduler.observe_prefill(chunks, time.perf_counter() - started_s)
             self.lane.reset()
 
     def warm_next(self) -> bool:
@@ -227,7 +228,7 @@ class Engine:
         tokens = sum(chunk.count for chunk in flight.chunks)
         seconds = time.perf_counter() - flight.launched_s
         self._counted.prefilled(tokens, seconds, held_up=self._scheduler.stall_s is not None)
-        self._scheduler.observe_prefill(tokens, seconds)
+        self._scheduler.observe_prefill(flight.chunks, seconds)
         for chunk in flight.chunks:
             chunk.sequence.prefilled = chunk.start + chunk.count
 
