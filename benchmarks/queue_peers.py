@@ -1,4 +1,6 @@
-"""The environment of peers that cannot share ours: arq needs redis-py < 6, Celery a newer one. Made when asked for."""
+"""Environments of peers that cannot share ours, made when asked for. Of the queues: arq needs redis-py < 6, Celery a
+newer one.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,15 @@ PACKAGES = (
 
 
 def peers_python() -> str:
-    """The interpreter of an environment with PACKAGES, below the temporary folder; installs them where it is new."""
-    tag = hashlib.sha256(" ".join((sys.version, *PACKAGES)).encode()).hexdigest()[:12]
+    """The interpreter of the queues' environment."""
+    return python_with(PACKAGES)
+
+
+def python_with(packages: tuple[str, ...], alone: tuple[str, ...] = ()) -> str:
+    """The interpreter of an environment below the temporary folder with `packages`, and with those `alone` without
+    what they say they need; installs them where it is new.
+    """
+    tag = hashlib.sha256(" ".join((sys.version, *packages, *alone)).encode()).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / f"spillway-bench-peers-{tag}"
     python = folder / "bin" / "python"
     if not (folder / "complete").exists():
@@ -31,7 +40,10 @@ def peers_python() -> str:
         uv = _uv()
         print(f"installing the peers into {folder} (once)", file=sys.stderr)
         subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, str(folder)], check=True)
-        subprocess.run([uv, "pip", "install", "--quiet", "--python", str(python), *PACKAGES], check=True)
+        install = [uv, "pip", "install", "--quiet", "--python", str(python)]
+        subprocess.run([*install, *packages], check=True)
+        if alone:
+            subprocess.run([*install, "--no-deps", *alone], check=True)
         (folder / "complete").touch()
     return str(python)
 

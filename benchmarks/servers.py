@@ -16,16 +16,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.stack_peers import vllm_mlx_python
+
+_OURS = (
+    "API, scheduler, worker, engine and redis-server each a process; every token is logged in Redis (AOF "
+    "everysec) and published, jobs are leased, fenced and go on elsewhere, outcomes are written to SQL"
+)
 OPENBLAS = Path("/usr/lib/x86_64-linux-gnu/openblas-pthread/libblas.so.3")
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running server: its label in the report, its port and the model name that it answers to."""
+    """A running server: its label in the report, its port and the model name that it answers to; what it promises."""
 
     label: str
     port: int
     model: str
+    promises: str
 
 
 def free_port() -> int:
@@ -47,7 +54,7 @@ def spillway(model: str, *arguments: str, ready_within_s: float = 180.0) -> Iter
     environment = {**os.environ, "SPILLWAY_LOG_LEVEL": "warning"}
     try:
         with _running(command, environment, f"http://127.0.0.1:{port}/readyz", ready_within_s):
-            yield Server("spillway", port, "default")
+            yield Server("spillway", port, "default", _OURS)
     finally:
         shutil.rmtree(home, ignore_errors=True)
 
@@ -60,7 +67,21 @@ def mlx_lm_server(model_path: str, ready_within_s: float = 120.0) -> Iterator[Se
     environment = {**os.environ, **blas_environment(), "HF_HUB_OFFLINE": "1"}
     command += ["--log-level", "WARNING"]
     with _running(command, environment, f"http://127.0.0.1:{port}/v1/models", ready_within_s):
-        yield Server("mlx_lm.server", port, model_path)
+        yield Server("mlx_lm.server", port, model_path, "one process; an answer ends with its connection or process")
+
+
+@contextlib.contextmanager
+def vllm_mlx(model_path: str, ready_within_s: float = 120.0) -> Iterator[Server]:
+    """vllm-mlx as it comes, with continuous batching; it saves its prefix cache at its end, in a home of its own."""
+    port, home = free_port(), tempfile.mkdtemp(prefix="spillway-bench-")
+    command = [str(Path(vllm_mlx_python()).parent / "vllm-mlx"), "serve", model_path]
+    command += ["--continuous-batching", "--offline", "--port", str(port)]
+    environment = {**os.environ, **blas_environment(), "HF_HUB_OFFLINE": "1", "HOME": home}
+    try:
+        with _running(command, environment, f"http://127.0.0.1:{port}/v1/models", ready_within_s):
+            yield Server("vllm-mlx", port, model_path, "one process; an answer ends with its connection or process")
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
 
 
 @contextlib.contextmanager

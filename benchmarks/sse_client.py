@@ -1,7 +1,7 @@
 """A load client that costs little: one raw HTTP/1.1 connection per streamed chat completion, timed event by event.
 
-It speaks just enough HTTP for both servers that the benchmarks compare: chunked bodies and bodies that end with the
-connection. Official SDKs cost more CPU per token than either server and would measure themselves.
+It speaks just enough HTTP for the servers that the benchmarks compare: chunked bodies and bodies that end with the
+connection. Official SDKs cost more CPU per token than the servers do and would measure themselves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ class StreamTiming:
     sent_s: float
     text_at_s: list[float] = field(default_factory=list)
     text: str = ""
+    prompt_tokens: int = 0
     completion_tokens: int = 0
+    finish_reason: str = ""
     done: bool = False
     error: str | None = None
     job_id: str = ""  # Spillway's; other servers name none
@@ -101,8 +103,10 @@ def _account(event: bytes, now: float, timing: StreamTiming) -> None:
     if "error" in chunk:
         raise ValueError(str(chunk["error"]))
     if chunk.get("usage"):
+        timing.prompt_tokens = chunk["usage"]["prompt_tokens"]
         timing.completion_tokens = chunk["usage"]["completion_tokens"]
     for choice in chunk.get("choices", ()):
+        timing.finish_reason = choice.get("finish_reason") or timing.finish_reason
         piece = choice["delta"].get("content") or choice["delta"].get("reasoning") or ""
         if piece:
             timing.text_at_s.append(now)

@@ -1,120 +1,117 @@
-"""Whole stack, HTTP in to SSE out: Spillway beside mlx_lm.server, same model, same BLAS, in turns.
+"""Whole stack, HTTP in to SSE out: Spillway beside mlx_lm.server and vllm-mlx, same model, same BLAS, in turns.
 
-    python -m benchmarks.stack [--rounds 5] [--streams 1,8,32] [--tokens 192]
+    python -m benchmarks.stack [--rounds 5] [--streams 1,8,32] [--workloads short,shared,shared-cold]
+                               [--model tiny|small] [--only spillway,mlx_lm.server,vllm-mlx]
 
-Prints, per number of concurrent streams, the median and range over the rounds of tokens/s, time to first token and
-gaps between text events, and the ratio Spillway / mlx_lm.server round by round. Greedy, so both say the same text;
-the run fails where an answer is not whole.
+Prints, per workload and number of concurrent streams, the median and range over the rounds of tokens/s, time to first
+token (TTFT) and gaps between events with text, and the ratio to the best peer of the same round. Greedy and streamed;
+tokens are counted as generated (each server's usage), not by events. The model never says the end of its text, and a
+run fails where an answer does not have exactly the tokens that were asked for.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import itertools
+import contextlib
+import os
 import platform
 import shutil
 import statistics
-import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 
-from benchmarks.servers import OPENBLAS, Server, mlx_lm_server, spillway
-from benchmarks.sse_client import StreamTiming, stream_chat
-from workers.demo_model import weights_path
+from benchmarks.servers import OPENBLAS, Server, mlx_lm_server, spillway, vllm_mlx
+from benchmarks.stack_load import WORKLOADS, Prompts, Turn, run_turn
+from benchmarks.stack_model import write_model
+from benchmarks.stack_peers import PACKAGES, VLLM_MLX
 
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """One server, one number of streams, once. Times in milliseconds."""
-
-    tokens_per_s: float
-    ttft_p50_ms: float
-    ttft_max_ms: float
-    gap_p50_ms: float
-    gap_p99_ms: float
-
-
-def _percentile(values: Iterable[float], q: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else float("nan")
-
-
-def _summarise(timings: list[StreamTiming], wall_s: float) -> Round:
-    ttft = [1000 * timing.ttft_s for timing in timings]
-    gaps = [1000 * gap for timing in timings for gap in timing.gaps_s]
-    return Round(
-        tokens_per_s=sum(timing.completion_tokens for timing in timings) / wall_s,
-        ttft_p50_ms=statistics.median(ttft),
-        ttft_max_ms=max(ttft),
-        gap_p50_ms=_percentile(gaps, 0.5),
-        gap_p99_ms=_percentile(gaps, 0.99),
-    )
-
-
-_first_number = itertools.count(1)
-
-
-def _body(server: Server, tokens: int) -> dict[str, object]:
-    start = next(_first_number) % 700 + 100  # a prompt that no cache has seen whole
-    messages = [{"role": "user", "content": f"Count from {start} to {start + 99}"}]
-    return {"model": server.model, "messages": messages, "temperature": 0, "max_tokens": tokens}
-
-
-async def _run_round(server: Server, streams: int, tokens: int) -> Round:
-    bodies = [_body(server, tokens) for _ in range(streams)]
-    started = time.perf_counter()
-    timings = await asyncio.gather(*(stream_chat("127.0.0.1", server.port, body) for body in bodies))
-    wall_s = time.perf_counter() - started
-    for timing in timings:
-        if timing.error or not timing.done or not timing.text_at_s:
-            raise RuntimeError(f"{server.label}: a stream of {streams} failed: {timing.error or 'no [DONE]'}")
-    return _summarise(list(timings), wall_s)
+OURS = "spillway"
+_SERVERS: dict[str, Callable[[str], contextlib.AbstractContextManager[Server]]] = {
+    OURS: spillway,
+    "mlx_lm.server": mlx_lm_server,
+    "vllm-mlx": vllm_mlx,
+}
+_COLUMNS = {
+    "tokens_per_s": "tokens/s",
+    "ttft_p50_ms": "TTFT p50 ms",
+    "ttft_p99_ms": "TTFT p99 ms",
+    "gap_p50_ms": "gap p50 ms",
+    "gap_p99_ms": "gap p99 ms",
+    "tokens_per_event": "tokens/event",
+}
 
 
 def _spread(values: list[float], digits: int = 1) -> str:
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f}–{max(values):,.{digits}f})"
 
 
-def _print_machine() -> None:
-    blas = "Debian OpenBLAS preloaded for both" if OPENBLAS.exists() else "the wheel's BLAS for both"
-    compiler = "g++ present" if shutil.which("g++") else "no g++"
-    packages = ", ".join(f"{name} {version(name)}" for name in ("mlx", "mlx-lm", "spillway"))
-    print(f"{platform.platform()}, Python {platform.python_version()}, {packages}; {blas}; {compiler}\n")
-
-
-def _print_table(streams: int, results: dict[str, list[Round]]) -> None:
-    print(f"{streams} stream(s): median (min–max)")
-    header = ("", "tokens/s", "TTFT p50 ms", "TTFT max ms", "gap p50 ms", "gap p99 ms")
-    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
-    fields = ("tokens_per_s", "ttft_p50_ms", "ttft_max_ms", "gap_p50_ms", "gap_p99_ms")
-    for label, rounds in results.items():
-        cells = [_spread([getattr(one, field) for one in rounds]) for field in fields]
+def _print_table(results: dict[str, list[Turn]]) -> None:
+    print("| server | " + " | ".join(_COLUMNS.values()) + " |\n|" + "---|" * (len(_COLUMNS) + 1))
+    for label, turns in results.items():
+        cells = [_spread([getattr(turn, field) for turn in turns]) for field in _COLUMNS]
         print(f"| {label} | " + " | ".join(cells) + " |")
-    ours, peer = results.values()
-    ratios = [a.tokens_per_s / b.tokens_per_s for a, b in zip(ours, peer, strict=True)]
-    print(f"\nratio of tokens/s, ours / peer, round by round: {_spread(ratios, 2)}\n")
+    print(flush=True)
+
+
+def _print_ratios(results: dict[str, list[Turn]]) -> None:
+    peers = [turns for label, turns in results.items() if label != OURS]
+    if OURS not in results or not peers:
+        return
+    rounds = list(zip(results[OURS], *peers, strict=True))
+    faster = [ours.tokens_per_s / max(one.tokens_per_s for one in others) for ours, *others in rounds]
+    steadier = [min(one.gap_p99_ms for one in others) / ours.gap_p99_ms for ours, *others in rounds]
+    sooner = [min(one.ttft_p50_ms for one in others) / ours.ttft_p50_ms for ours, *others in rounds]
+    pairs = [pair for ours, *others in rounds for one in others for pair in zip(ours.said, one.said, strict=True)]
+    differ = sum(ours != theirs for ours, theirs in pairs)
+    print(f"tokens/s, Spillway / best peer of the round: {_spread(faster, 2)}")
+    print(f"gap p99 and TTFT p50, best peer of the round / Spillway: {_spread(steadier, 2)}, {_spread(sooner, 2)}")
+    print(f"answers that differ from a peer's: {differ} of {len(pairs)}\n")
+
+
+def _print_setting(servers: list[Server], model: str) -> None:
+    ours = ", ".join(f"{name} {version(name)}" for name in ("spillway", "mlx", "mlx-lm", "uvicorn", "redis"))
+    blas = f"{OPENBLAS} preloaded" if OPENBLAS.exists() else "the wheel's BLAS"
+    compiler = "g++ present" if shutil.which("g++") else "no g++"
+    print(f"{platform.platform()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, {ours}")
+    print(f"vllm-mlx in an environment of its own: {', '.join((VLLM_MLX, *PACKAGES))}")
+    print(f"model {model}, float32, random weights, greedy; for every server: {blas}; {compiler}; the load client,")
+    print("one process, shares the CPUs; all servers run throughout, one is asked at a time")
+    for server in servers:
+        print(f"- {server.label}: {server.promises}")
+    print(flush=True)
+
+
+def _compare(servers: list[Server], workload: str, prompts: Prompts, streams: int, rounds: int) -> None:
+    """The first round warms everybody up; the order changes from round to round."""
+    results: dict[str, list[Turn]] = {server.label: [] for server in servers}
+    for number in range(rounds + 1):
+        first = number % len(servers)
+        for server in servers[first:] + servers[:first]:
+            turn = run_turn(server, WORKLOADS[workload], prompts, streams, number)
+            if number:
+                results[server.label].append(turn)
+    print(f"{workload} ({WORKLOADS[workload].title}), {streams} stream(s): median (min–max)\n")
+    _print_table(results)
+    _print_ratios(results)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", default="1,8,32")
-    parser.add_argument("--tokens", type=int, default=192)
+    parser.add_argument("--workloads", default=",".join(WORKLOADS))
+    parser.add_argument("--model", choices=("tiny", "small"), default="tiny")
+    parser.add_argument("--only", default=",".join(_SERVERS))
     options = parser.parse_args()
-    _print_machine()
-    path = str(weights_path())
-    with spillway("demo") as ours, mlx_lm_server(path) as peer:
-        for streams in (int(text) for text in options.streams.split(",")):
-            results: dict[str, list[Round]] = {ours.label: [], peer.label: []}
-            for number in range(options.rounds + 1):
-                for server in (ours, peer) if number % 2 else (peer, ours):
-                    outcome = asyncio.run(_run_round(server, streams, options.tokens))
-                    if number:  # round 0 warms both up
-                        results[server.label].append(outcome)
-            _print_table(streams, results)
+    with tempfile.TemporaryDirectory(prefix="spillway-bench-") as folder, contextlib.ExitStack() as stack:
+        prompts = Prompts(write_model(options.model, Path(folder)))
+        servers = [stack.enter_context(_SERVERS[name](folder)) for name in options.only.split(",")]
+        _print_setting(servers, options.model)
+        for workload in options.workloads.split(","):
+            for streams in map(int, options.streams.split(",")):
+                _compare(servers, workload, prompts, streams, options.rounds)
 
 
 if __name__ == "__main__":
