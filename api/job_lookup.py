@@ -25,11 +25,15 @@ Caller = Annotated[Principal, Depends(require_principal)]
 
 @dataclass(frozen=True, slots=True)
 class KnownJob:
-    """A job as it is now. `durable` None: it is interactive, or its row was removed by retention."""
+    """A job as it is now. `durable` None: it is interactive, or its row was removed by retention.
+
+    `is_redis_away`: nobody could ask Redis, which may have its log.
+    """
 
     view: JobView
     durable: DurableView | None
     in_redis: bool
+    is_redis_away: bool = False
 
     @property
     def id(self) -> str:
@@ -59,7 +63,7 @@ async def look_up(services: Services, job_id: str) -> KnownJob | None:
         job = await _at_rest(services, job_id)
         if job is None:
             raise
-        return job
+        return replace(job, is_redis_away=True)
     if live is not None and not live.durable:
         return KnownJob(live, None, in_redis=True)
     durable = await services.durable.get(job_id)

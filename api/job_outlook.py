@@ -33,12 +33,16 @@ class Outlook:
 
 
 def opening(job: KnownJob, after: EventId | None) -> Ending | None:
-    """The end of a job that has no log, having never run. Raises EventsExpired where events are missing."""
+    """The end of a job that has no log, having never run. Raises EventsExpired where events are missing, and
+    QueueUnavailable where Redis, which keeps them, is away.
+    """
     if after is not None and _is_anew(job, after):
         raise EventsExpired(f"The event {after} of {job.id} is no longer kept, the job ran anew; read from the start.")
     if job.in_redis or not job.state.is_terminal:
         return None
     if job.view.attempt > 0 or job.state is JobState.SUCCEEDED:
+        if job.is_redis_away:
+            raise QueueUnavailable(f"Redis does not answer, which keeps the events of {job.id}; try again.")
         raise EventsExpired(f"The events of {job.id} are no longer kept; its record is at /v1/jobs/{job.id}.")
     return _ending(job)
 
@@ -56,6 +60,8 @@ async def outlook(services: Services, job_id: str, last: EventId | None) -> Outl
         job = await look_up(services, job_id)
         if job is None:
             return Outlook(over=True, ending=_lost(job_id, last))
+        if job.is_redis_away and job.view.attempt > 0:
+            return Outlook()
         if last is not None and not job.state.is_terminal:
             return Outlook(job.in_redis, over=_is_anew(job, last))
         if not job.state.is_terminal or (job.in_redis and await services.queue.read_events(job_id, last, 1)):

@@ -15,7 +15,7 @@ from api.job_view import job_body, retry_after_s
 from api.responses import json_response
 from api.services import Services
 from scheduler.dialect import Answer
-from scheduler.errors import SpillwayError, from_code
+from scheduler.errors import QueueUnavailable, SpillwayError, from_code
 from scheduler.job import JobState
 from scheduler.request import InferenceRequest, SamplingParams, Usage, decode_request
 from scheduler.tokens import SEQ_TERMINAL, ChoiceDelta, EventId, Failed, decode_event
@@ -49,6 +49,8 @@ async def _answer(services: Services, job: KnownJob) -> bytes:
             return row.answer
     choices = await services.lifecycle.progress(job.id) if job.in_redis else ()
     if not choices:
+        if job.is_redis_away:
+            raise QueueUnavailable(f"Redis does not answer, which may have the answer of {job.id}; try again.")
         raise ResultExpired(f"The answer of {job.id} is no longer kept; its record is at /v1/jobs/{job.id}.")
     request = _as_asked(job, choices) if row is None or row.request is None else decode_request(row.request)
     usage = Usage() if job.view.usage is None else job.view.usage

@@ -15,7 +15,7 @@ from scheduler.db.keys import KeyStore
 from scheduler.db.models import WebhookEndpoint
 from scheduler.queue.embedded import EmbeddedRedis
 from tests.api_stage import Answer, Stage, running_api, wait_until
-from tests.scheduling_stage import running_durable_api
+from tests.scheduling_stage import running_durable_api, scheduling
 
 CHAT = "/v1/chat/completions"
 WORDS = ["one ", "two "]
@@ -286,3 +286,22 @@ def test_many_submissions_at_once_with_one_key_are_one_job(stage: Stage) -> None
         found = [answer.result() for answer in answers]
     assert {answer.status for answer in found} == {200, 202}
     assert len({answer.json["id"] for answer in found}) == 1
+
+
+def test_events_of_a_recorded_job_are_not_called_expired_while_redis_is_away(tmp_path: Path) -> None:
+    server = EmbeddedRedis(tmp_path / "redis")
+    server.start()
+    try:
+        with running_api(server.url, tmp_path / "home") as stage, scheduling(stage):
+            job_id = submit(stage, {"say": WORDS}).json["id"]
+            answer = result(stage, job_id).json
+            wait_until(lambda: (row := stage.call(stage.services.durable.get(job_id))) and row.state.is_terminal)
+            server.stop()
+            away = stage.request("GET", f"/v1/jobs/{job_id}/events")
+            assert (away.status, away.error["code"]) == (503, "queue_unavailable")
+            assert result(stage, job_id).json == answer
+            server.start()
+            events = stage.request("GET", f"/v1/jobs/{job_id}/events")
+            assert events.status == 200 and b"event: finished" in events.body
+    finally:
+        server.stop()
