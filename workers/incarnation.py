@@ -98,6 +98,7 @@ class Incarnation:
     async def _claim_loop(self) -> None:
         while not self._over.is_set() and not self._parts.shutdown.draining.is_set():
             self._parts.bell.rang.clear()
+            self._wants_room = True  # also what comes free while Redis is asked
             room = self._room()
             claimed = await self._claim(room)
             for job in claimed.jobs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -174,7 +174,12 @@ def job_view(job_id: str, fields: Mapping[bytes, bytes]) -> JobView:
 
 def ended_job(fields: Mapping[bytes, bytes]) -> JobView:
     """An entry of the `done` stream: the job hash as it was before the end, and what that changed (False: removed)."""
-    flat, changed = _unpack(fields[b"job"])
+    if b"job" not in fields:
+        return job_view(fields[b"id"].decode(), fields)  # an older version wrote it field by field
+    packed = _unpack(fields[b"job"])
+    if not isinstance(packed, tuple):  # or all in one
+        return _view(fields[b"id"].decode(), packed)
+    flat, changed = packed
     told: dict[str, str | int] = dict(zip(flat[::2], flat[1::2], strict=True))
     for name, value in changed.items():
         if value is False:
@@ -184,11 +189,12 @@ def ended_job(fields: Mapping[bytes, bytes]) -> JobView:
     return _view(fields[b"id"].decode(), told)
 
 
-_unpack = msgspec.msgpack.Decoder(tuple[list[str], dict[str, str | int | bool]]).decode
+_Packed = tuple[list[str], dict[str, str | int | bool]] | dict[str, str | int]
+_unpack: Callable[[bytes], _Packed] = msgspec.msgpack.Decoder(_Packed).decode
 
 
 def _view(job_id: str, fields: Mapping[str, str | int]) -> JobView:
-    pool, tenant, _, _, _, _, durable, batch, model = str(fields["spec"]).split(" ", 8)
+    pool, tenant, durable, batch, model = _asked(fields)
     return JobView(
         id=job_id,
         state=JobState(fields["state"]),
@@ -209,6 +215,16 @@ def _view(job_id: str, fields: Mapping[str, str | int]) -> JobView:
         durable=durable == "1",
         batch_id=None if batch == "-" else batch,
     )
+
+
+def _asked(fields: Mapping[str, str | int]) -> tuple[str, str, str, str, str]:
+    """Pool, tenant, whether it is durable (`1`), batch (or `-`) and model; an older version wrote them one by one."""
+    if "spec" in fields:
+        pool, tenant, _, _, _, _, durable, batch, model = str(fields["spec"]).split(" ", 8)
+    else:
+        pool, tenant, model = str(fields["pool"]), str(fields["tenant"]), str(fields.get("model", ""))
+        durable, batch = str(fields.get("durable", "0")), str(fields.get("batch", "")) or "-"
+    return pool, tenant, durable, batch, model
 
 
 def _usage(fields: Mapping[str, str | int]) -> Usage | None:

@@ -37,3 +37,21 @@ def test_an_outcome_is_the_job_before_its_end_and_what_that_changed() -> None:
     assert (job.pool, job.model, job.tenant, job.batch_id, job.durable) == ("a b", "org/a b", "ann", "b1", False)
     assert (job.error_code, job.error_message) == (None, None)
     assert job.usage is not None and (job.usage.prompt_tokens, job.usage.completion_tokens) == (3, 4)
+
+
+OLD_FIELDS = {
+    "state": "succeeded",
+    "pool": "p",
+    "class": "low",
+    "tenant": "ann",
+    "attempt": "2",
+    "created": "5",
+    "a:2": "7 w",
+}
+
+
+def test_outcomes_that_older_versions_wrote_are_read_too() -> None:
+    packed = ended_job({b"id": b"one", b"job": msgspec.msgpack.encode(OLD_FIELDS | {"attempt": 2})})
+    flat = ended_job({b"id": b"one"} | {name.encode(): value.encode() for name, value in OLD_FIELDS.items()})
+    assert packed == flat
+    assert (flat.state, flat.pool, flat.attempt, flat.attempts[0].worker) == (JobState.SUCCEEDED, "p", 2, "w")

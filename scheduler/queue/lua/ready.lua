@@ -15,6 +15,12 @@ local function read_spec(job, spec)
   job.cost, job.kv, job.rows, job.qttl = tonumber(cost), tonumber(kv), tonumber(rows), tonumber(qttl)
 end
 
+-- The same of a job that an older version enqueued.
+local function read_single(job)
+  job.cost, job.kv, job.rows, job.qttl = tonumber(job.cost), tonumber(job.kv), tonumber(job.rows), tonumber(job.qttl)
+  job.durable = job.durable == '1'
+end
+
 -- A job as a table: what was asked, and the fields of its hash; numbers are 0 and the lane is its class where they are
 -- not set. Nil where the job is unknown.
 local function load_job(id)
@@ -29,15 +35,17 @@ local function load_job(id)
     local name, value = flat[i], flat[i + 1]
     job[name] = job[name] and tonumber(value) or value
   end
-  if not job.spec then return nil end
-  read_spec(job, job.spec)
+  if not job.pool and not job.spec then return nil end
+  if job.spec then read_spec(job, job.spec) else read_single(job) end
   if not job.lane then job.lane = job.class end
   return job
 end
 
 -- A field of a job gets a new value, or goes where there is none; `save` writes it.
 local function set(job, name, value)
-  job[name], job.changed[name] = value, value == nil and false or value
+  job[name] = value
+  if value == nil then value = false end
+  job.changed[name] = value
 end
 
 local words = {}  -- used again for each job

@@ -10,7 +10,8 @@ if not ENDED[job.state] or job.state == 'succeeded' or redis.call('EXISTS', body
 forget_dead_letter(id)
 job.lost, job.fails, job.handed = 0, 0, 0
 if job.deadline <= now then job.deadline = 0 end
-redis.call('HDEL', hash, 'code', 'message', 'started', 'first', 'finished', 'prompt', 'completion', 'cached', 'worker')
+redis.call('HDEL', hash, 'code', 'message', 'started', 'first', 'finished', 'prompt', 'completion', 'cached', 'worker',
+  'cancel')
 redis.call('HSET', hash, 'lost', 0, 'fails', 0, 'handed', 0, 'deadline', job.deadline)
 redis.call('DEL', $log .. id)  -- it begins anew, not after what the failed tries said
 redis.call('PEXPIRE', hash, job.qttl + $slack_ms)
