@@ -73,12 +73,14 @@ class _World:
         self.kv.release(table)
         table = self.kv.find(owner, tokens, isolation)
         self.kv.check_integrity([*(held for *_, held in self.held), table])
-        expected = _row(tokens, isolation)
-        if table:
-            for found, row in zip(self.kv.gather(table), expected, strict=True):
-                assert mx.array_equal(found, row[:, :, : len(table) * PAGE]), "KV of other tokens"
-        self.kv.keep(tokens, table, expected, 0, len(tokens), isolation)
+        self.compare(table, tokens, isolation)
+        self.kv.keep(tokens, table, _row(tokens, isolation), 0, len(tokens), isolation)
         self.held.append((tokens, isolation, table))
+
+    def compare(self, table: list[int], tokens: tuple[int, ...], isolation: str) -> None:
+        if table:
+            for found, row in zip(self.kv.gather(table), _row(tokens, isolation), strict=True):
+                assert mx.array_equal(found, row[:, :, : len(table) * PAGE]), "KV of other tokens"
 
     def leave(self, number: int) -> None:
         if self.held:
@@ -165,3 +167,23 @@ def test_the_schedules_do_reach_the_disk() -> None:
         _act(world, "damage", [], 3)
         _act(world, "join", tokens, 0)
         assert world.kv.disk_hits < 7 and world.disk.stats()["disk_pages_corrupt"] == 1
+
+
+def test_two_that_begin_alike_and_wait_together_get_each_their_own_pages() -> None:
+    longer, shorter = (0, 1) * 5, (0, 1, 1, 1, 0, 0)
+    with _world(24) as world:
+        for tokens in (longer, shorter) * 2:
+            world.join(tokens, "a")
+        while world.kv.spill():
+            pass
+        world.restart()
+        for first, second in ((longer, shorter), (shorter, longer)):
+            world.kv.expect("first", first, "a")
+            world.kv.expect("second", second, "a")
+            world.kv.await_pages(5)
+            for owner, tokens in (("second", second), ("first", first)):
+                table = world.kv.find(owner, tokens, "a")
+                assert len(table) >= 1
+                world.compare(table, tokens, "a")
+                world.kv.release(table)
+            world.restart()

@@ -6,6 +6,7 @@ hold them. Of all others the state is taken whole: rotating windows, chunks, rec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from typing import Any
 
@@ -89,23 +90,30 @@ def _taken(part: Any) -> Any:
             held = (mx.contiguous(keys[:, :, :end]), mx.contiguous(values[:, :, :end]))
             return (*held, part.offset, part.chunk_size, part.start_position)
         case _:
-            return _own(part.state)
+            return _own(part.state, mx.contiguous)
 
 
 def _window(part: RotatingKVCache, array: mx.array) -> mx.array:
     """Of what a long pass left, the newest that fill the window: the cache itself cuts the rest at its next step."""
     if array.shape[2] <= part.max_size:
-        return array[...]
+        return mx.contiguous(array)
     newest = array[:, :, array.shape[2] - part.max_size + part.keep :]
     return mx.concatenate([array[:, :, : part.keep], newest], axis=2)
 
 
-def _own(state: Any) -> Any:
-    """The same state in lists and array objects of its own: caches assign into theirs."""
+def _view(array: mx.array) -> mx.array:
+    return array[...]
+
+
+def _own(state: Any, as_own: Callable[[mx.array], mx.array] = _view) -> Any:
+    """The same state in lists and array objects of its own: caches assign into theirs.
+
+    `as_own` mx.contiguous: in buffers of its own too, as a view would keep the whole of what it was cut from.
+    """
     if isinstance(state, mx.array):
-        return state[...]
+        return as_own(state)
     if isinstance(state, list):
-        return [_own(part) for part in state]
+        return [_own(part, as_own) for part in state]
     if isinstance(state, tuple):
-        return tuple(_own(part) for part in state)
+        return tuple(_own(part, as_own) for part in state)
     return state

@@ -172,10 +172,20 @@ class KvPages:
         self.cache.check_integrity()
 
     def _take(self, read: PageRead, tokens: Items[int], pages: list[int], isolation: str) -> list[int]:
-        """Move what was read into pages behind `pages`, where it still fits on."""
+        """Move what was read into pages behind `pages`, where it still fits on.
+
+        Two owners that begin alike share a read: of it each takes what is its own, up to where they part.
+        """
         assert self._disk is not None
         contents = self._disk.take(read)
-        skip = len(pages) - read.names[0].position
+        names, _ = self.cache.names(tokens, isolation)
+        first = read.names[0].position
+        own = 0
+        for mine, name in zip(names[first:], read.names, strict=False):
+            if mine != name:
+                break
+            own += 1
+        contents, skip = contents[:own], len(pages) - first
         if skip < 0 or not contents[skip:]:
             return []
         fresh = self.cache.allocate(len(contents) - skip)

@@ -52,7 +52,7 @@ class ModelRunner:
         self._forward: _Forward = CompiledSteps(model) if compile_steps else partial(_forward, model)
         # Where compiling means running g++, the sampler's dozens of kernels are not worth their start-up time.
         self._compile_sampler = compile_steps and mx.metal.is_available()
-        self._samplers: dict[Variant, Callable[..., Any]] = {}
+        self._samplers: dict[Any, Callable[..., Any]] = {}
 
     def prefill(self, arrays: list[mx.array], tokens: list[list[int]], start: int) -> list[mx.array]:
         """KV arrays [rows, ...] with `tokens` appended from column `start` on; shorter rows are padded behind.
@@ -70,17 +70,19 @@ class ModelRunner:
     ) -> StepOutput:
         """One token for every row, group after group; `live` [rows] int32 is 1 for rows that hold a sequence."""
         logits, next_offsets, new_groups = self._forward(tokens, offsets, live, groups)
-        drawn, edit = self._sampler(sampling.variant)(logits, offsets, sampling.draw, sampling.edit)
+        drawn, edit = self._sampler(sampling, logits)(logits, offsets, sampling.draw, sampling.edit)
         return StepOutput(drawn, next_offsets, new_groups, edit, logits)
 
-    def _sampler(self, variant: Variant) -> Callable[..., Any]:
+    def _sampler(self, sampling: Sampling, logits: mx.array) -> Callable[..., Any]:
+        """One function per variant and shapes, as a compiled one keeps a trace for all shapes it ever saw."""
         if not self._compile_sampler:
-            return partial(sample, variant)
-        if variant not in self._samplers:
+            return partial(sample, sampling.variant)
+        key = (sampling.variant, logits.shape, *(array.shape for array in (*sampling.draw, *sampling.edit)))
+        if key not in self._samplers:
             if len(self._samplers) >= _MOST_SAMPLERS:
                 self._samplers.clear()
-            self._samplers[variant] = mx.compile(partial(sample, variant))
-        return self._samplers[variant]
+            self._samplers[key] = mx.compile(partial(sample, sampling.variant))
+        return self._samplers[key]
 
 
 class CompiledSteps:

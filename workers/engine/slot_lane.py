@@ -116,10 +116,10 @@ class SlotLane:
         sequence.prefilled = len(pages) * self.pages.page_tokens
         sequence.cached_tokens = max(sequence.cached_tokens, sequence.prefilled)
         staged = zeros(self._shapes, 1, max(SMALLEST_CAPACITY, power_bucket(sequence.length)))
+        self._staged[sequence] = staged  # first: where the rest fails, `reset` finds it
         if pages:
             for at, known in enumerate(self.pages.gather(pages)):
                 staged[at][:, :, : sequence.prefilled] = known
-        self._staged[sequence] = staged
 
     def prefill(self, chunks: Items[Chunk]) -> list[mx.array]:
         groups: dict[tuple[int, int, int], list[Chunk]] = {}
@@ -188,7 +188,9 @@ class SlotLane:
             "slot_groups": len(self._layout.groups),
             "slot_tokens": sum(shape.tokens for shape in self._layout.shapes),
             "slot_bytes": self._slots.nbytes,
-            "kv_bytes": self._slots.nbytes + self.pages.store.nbytes,
+            "kv_bytes": self._slots.nbytes
+            + self.pages.store.nbytes
+            + sum(array.nbytes for staged in self._staged.values() for array in staged),
         }
 
     def check_integrity(self) -> None:
