@@ -10,6 +10,7 @@ the device's on step k + 1. A row that a stop string ends has its one extra toke
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -79,6 +80,7 @@ class Engine:
         self._events: list[BackendEvent] = []
         self._arrivals = 0
         self._counted = EngineStats()
+        self._idle_work_failed = False
 
     @property
     def has_work(self) -> bool:
@@ -153,8 +155,17 @@ class Engine:
             self.lane.reset()
 
     def warm_next(self) -> bool:
-        """While there is no work: prepare one more usual shape, in milliseconds; False when all are."""
-        return self.lane.warm_next()
+        """While there is no work: prepare one more usual shape, in milliseconds; False when all are, or one failed.
+
+        A shape that fails is not tried again here: a request that needs it tries it behind the isolation boundary.
+        """
+        try:
+            return self.lane.warm_next()
+        except Exception as error:  # nobody asked for it yet, e.g. a full disk where kernels are built
+            if not self._idle_work_failed:
+                _log.warning("what was to be prepared while idle failed; later failures are not logged", exc_info=error)
+            self._idle_work_failed = True
+            return False
 
     def add(self, job: PreparedJob) -> None:
         """Take a job; what is wrong with it comes out of the next step as a JobError."""
@@ -187,6 +198,8 @@ class Engine:
         landed: _Landed | None = None
         try:
             landed = self._land()
+            if landed is not None:
+                metal.tidy(self._counted.decode_steps)
             self._retire()
             self._flight = self._launch()
         except Exception as error:  # the isolation boundary: whatever a forward pass raises costs only its culprit
@@ -220,7 +233,6 @@ class Engine:
                 self._scheduler.acquit(sequence)
                 draws.append((row, sequence, tokens[row]))
         self._counted.decoded([sequence for _, sequence, _ in draws], time.perf_counter())
-        metal.tidy(self._counted.decode_steps)
         return _Landed(draws, reader)
 
     def _land_prefill(self, flight: PrefillFlight) -> None:
@@ -234,10 +246,7 @@ class Engine:
 
     def _retire(self) -> None:
         """Free the rows of sequences that ended, then of those that must make room."""
-        for sequence in [s for s in self._scheduler.running if s.is_finished]:
-            self._scheduler.remove(sequence)
-            self.lane.vacate(sequence)
-            sequence.phase = Phase.FINISHED
+        self._leave([sequence for sequence in self._scheduler.running if sequence.is_finished])
         while (victim := self._scheduler.victim(self.lane.is_ready)) is not None:
             self.lane.vacate(victim)
             self._send_back(victim)
@@ -300,10 +309,14 @@ class Engine:
             del self._runs[run.job_id, run.attempt]
             self._counted.jobs_done += 1
 
-    def _recover(self, error: Exception) -> None:
-        """A launch or its result failed: a lone suspect fails, several are retried in halves, the rest start over."""
+    def _recover(self, error: Exception, suspects: Items[Sequence] | None = None) -> None:
+        """A launch or its result failed: a lone suspect fails, several are retried in halves, the rest start over.
+
+        Suspects are those of the launch in flight, or all with a row, unless the caller knows better.
+        """
         flight, self._flight = self._flight, None
-        suspects = suspects_of(flight) or [*self._scheduler.prefilling, *self._scheduler.running]
+        if suspects is None:
+            suspects = suspects_of(flight) or [*self._scheduler.prefilling, *self._scheduler.running]
         suspects = [sequence for sequence in suspects if not sequence.is_finished]
         _log.warning("a step failed", error=repr(error), rows=len(suspects))
         self._counted.failed_steps += 1
@@ -330,8 +343,8 @@ class Engine:
 
     def _fail(self, run: JobRun, error: Exception) -> None:
         self._runs.pop((run.job_id, run.attempt), None)
-        self._drop(run)
         self._tell_failure(run.job_id, run.attempt, error)
+        self._drop(run)
 
     def _tell_failure(self, job_id: str, attempt: int, error: Exception) -> None:
         _log.error("a job failed in the engine", job=job_id, error=repr(error))
@@ -340,11 +353,18 @@ class Engine:
         self._events.append(JobError(job_id, attempt, failure.code, failure.message))
 
     def _drop(self, run: JobRun) -> None:
-        for sequence in run.sequences:
-            if sequence.phase is not Phase.FINISHED:
-                self._scheduler.remove(sequence)
+        self._leave([sequence for sequence in run.sequences if sequence.phase is not Phase.FINISHED])
+
+    def _leave(self, sequences: Items[Sequence]) -> None:
+        """Free what they hold. Where the lane fails at that, all others start over and none of them is suspected."""
+        for sequence in sequences:
+            self._scheduler.remove(sequence)
+            sequence.phase = Phase.FINISHED
+        try:
+            for sequence in sequences:
                 self.lane.vacate(sequence)
-                sequence.phase = Phase.FINISHED
+        except Exception as error:  # the isolation boundary: pages are written and evaluated on leaving
+            self._recover(error, suspects=())
 
     def _new_text(self, params: SamplingParams) -> TextStream:
         return TextStream(self._loaded.tokenizer, params.stop, params.include_stop)
