@@ -12,11 +12,8 @@ import functools
 import hashlib
 from urllib.parse import quote, unquote
 
-from scheduler.job import Priority
-
 GROUP = "workers"  # consumer group of every ready stream
 RECORDER_GROUP = "recorder"  # consumer group of the `done` stream
-CLASSES = tuple(priority.value for priority in Priority)
 
 # TTLs in ms.
 SLACK_MS = 24 * 3600 * 1000  # what live keys get on top of the longest time that a job may wait

@@ -2,7 +2,8 @@
 
     expect → begin → prefill* → seat → decode* → vacate        reset: after a failed step, everything is given up
 
-Two lanes: slot_lane batches models whose caches are plain KV; sequential_lane runs any other model, one row at a time.
+Three lanes: slot_lane batches models whose caches are plain KV, row_lane others that can be batched; in sequential_lane
+rows take turns.
 """
 
 from __future__ import annotations
@@ -78,3 +79,19 @@ class Lane(Protocol):
     def check_integrity(self) -> None:
         """Raise AssertionError where the books do not balance."""
         ...
+
+
+class MemoryOnly:
+    """The part of a lane that fetches nothing from where that takes time, and has no shapes to prepare."""
+
+    def warm_next(self) -> bool:
+        return False
+
+    def expect(self, sequence: Sequence) -> None:
+        """Nothing is kept anywhere else."""
+
+    def is_ready(self, sequence: Sequence) -> bool:
+        return True
+
+    def await_pages(self, timeout_s: float) -> None:
+        """Nothing is fetched."""

@@ -16,6 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from workers.engine.batch_scheduler import Chunk
 from workers.engine.decode_rows import DecodeRows, RowSizes
 from workers.engine.flight import DecodeFlight
+from workers.engine.lane import MemoryOnly
 from workers.engine.prompt_caches import PromptCaches
 from workers.engine.row_layers import RowLayers, UnbatchableCache
 from workers.engine.sequence import Sequence
@@ -28,7 +29,7 @@ _PROBE_TOLERANCE = 0.05  # of the spread of the logits; a cache that is misread 
 _SHRINK_BELOW = 0.5
 
 
-class RowLane:
+class RowLane(MemoryOnly):
     most_groups = 1  # all rows have the same columns
 
     def __init__(self, model: nn.Module, layers: RowLayers, sizes: RowSizes, snapshots: Snapshots | None) -> None:
@@ -48,18 +49,6 @@ class RowLane:
             arrays = self._layers.blank(rows, capacity_bucket(1))
             logits, arrays = _step(self._model, self._layers, blank, blank, arrays)
             mx.eval(logits, arrays)
-
-    def warm_next(self) -> bool:
-        return False
-
-    def expect(self, sequence: Sequence) -> None:
-        """Nothing is kept where it takes time to get."""
-
-    def is_ready(self, sequence: Sequence) -> bool:
-        return True
-
-    def await_pages(self, timeout_s: float) -> None:
-        """Nothing is fetched."""
 
     def begin(self, sequence: Sequence) -> None:
         self._prompts.begin(sequence)

@@ -14,12 +14,13 @@ import mlx.nn as nn
 from workers.engine.batch_scheduler import Chunk
 from workers.engine.decode_rows import DecodeRows, RowSizes
 from workers.engine.flight import DecodeFlight
+from workers.engine.lane import MemoryOnly
 from workers.engine.prompt_caches import PromptCaches, cache_arrays
 from workers.engine.sequence import Sequence
 from workers.engine.snapshots import Snapshots
 
 
-class SequentialLane:
+class SequentialLane(MemoryOnly):
     most_groups = 1
 
     def __init__(self, model: nn.Module, sizes: RowSizes, snapshots: Snapshots | None) -> None:
@@ -33,18 +34,6 @@ class SequentialLane:
 
     def warm_up(self) -> None:
         """Nothing is compiled here."""
-
-    def warm_next(self) -> bool:
-        return False
-
-    def expect(self, sequence: Sequence) -> None:
-        """Nothing is kept anywhere else."""
-
-    def is_ready(self, sequence: Sequence) -> bool:
-        return True
-
-    def await_pages(self, timeout_s: float) -> None:
-        """Nothing is fetched."""
 
     def begin(self, sequence: Sequence) -> None:
         self._caches.begin(sequence)
